@@ -1,0 +1,17 @@
+"""The families: `model_type` of config.json -> the module that knows it."""
+
+from typing import Any
+
+from prefix_tuning.models import gpt2, llama
+from prefix_tuning.types import Model, UserError, valid
+
+MODELS = {"gpt2": gpt2, "llama": llama}
+
+
+def build(config: dict[str, Any], *, scan: bool = True) -> Model:
+    """A `Model` from the contents of config.json; raises `UserError` for an unsupported family or variant."""
+    kind = valid("model_type", config.get("model_type"), MODELS)
+    try:
+        return MODELS[kind].build(config, scan=scan)
+    except KeyError as missing:
+        raise UserError(f"config.json of a {kind} model lacks {missing}") from missing

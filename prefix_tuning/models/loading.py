@@ -1,0 +1,199 @@
+"""Weights between Hugging Face folders and our trees of layer-stacked arrays; safetensors only, strict both ways."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+import transformers
+from jax import Array
+
+from prefix_tuning import models
+from prefix_tuning.types import Model, Params, Spec, UserError, valid
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # what a folder of the hub is fetched for
+
+
+def find_folder(name: str) -> Path:
+    """The local folder of a model: `name` itself, or the hub's snapshot of it; raises `UserError` without either."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"model {name!r} is no folder, and no name on the hub (OWNER/NAME) either")
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model {name!r} is no folder here and could not be fetched from the hub: {reason}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of config.json; raises `UserError` if it is missing, malformed or asks for remote code."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no config.json; expected a folder in Hugging Face layout") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if "auto_map" in config:
+        raise UserError(
+            f"{path} asks for remote code (auto_map), which is refused; supported: {', '.join(models.MODELS)}"
+        )
+    return config
+
+
+def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
+    """The tokenizer that lies beside the weights, None if there is none; raises `UserError` if it cannot be read."""
+    if not any(
+        (folder / name).exists()
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    ):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the file's parser does
+        raise UserError(f"the tokenizer in {folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
+
+
+def load_weights(folder: Path, model: Model, dtype: str) -> Params:
+    """The tree of `model.specs` [L ...] from the folder's *.safetensors, cast to dtype, still on the host.
+
+    Raises `UserError` listing every missing, unexpected and misshapen tensor.
+    """
+    numpy_dtype = np.dtype(DTYPES[valid("dtype", dtype, DTYPES)])
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern)]
+        refused = f"; pickled weights ({', '.join(pickled)}) are refused" if pickled else ""
+        raise UserError(f"{folder} has no *.safetensors{refused}")
+    ignored = re.compile("|".join(models.MODELS[model.config["model_type"]].IGNORED))
+    wanted = {name: (path, spec, layer) for path, spec in paths(model.specs) for name, layer in names(spec)}
+    # Some files were saved from inside the task model and lack its first name (gpt2's, on the hub).
+    prefixes = {name.split(".")[0] for name in wanted} - {"lm_head"}
+    tree: dict[tuple, np.ndarray] = {}
+    seen, unexpected, misshapen = set(), [], []
+    for file in files:
+        for key, tensor in read(file):
+            name = next((n for n in (key, *(f"{p}.{key}" for p in prefixes)) if n in wanted), None)
+            if name is None:
+                if not ignored.fullmatch(key):
+                    unexpected.append(key)
+                continue
+            path, spec, layer = wanted[name]
+            seen.add(name)
+            if tensor.get_shape() != list(stored_shape(spec)):
+                misshapen.append(f"{key} {tensor.get_shape()} instead of {list(stored_shape(spec))}")
+                continue
+            if path not in tree:
+                tree[path] = np.empty(spec.shape, numpy_dtype)
+            target = tree[path] if layer is None else tree[path][layer]
+            value = tensor[:]
+            target[...] = (value.T if spec.transposed else value).reshape(target.shape)
+    problems = (("missing", sorted(wanted.keys() - seen)), ("unexpected", unexpected), ("misshapen", misshapen))
+    if any(rows for _, rows in problems):
+        listed = "; ".join(
+            f"{len(rows)} {kind}: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
+            for kind, rows in problems
+            if rows
+        )
+        raise UserError(f"{folder} does not hold the weights its config.json asks for: {listed}")
+    return unflatten(tree)
+
+
+def save_pretrained(folder: str | Path, model: Model, params: Params, dtype: str = "float32") -> None:
+    """Writes config.json and model.safetensors in Hugging Face layout."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = flatten(params)
+    tensors = {}
+    for path, spec in paths(model.specs):
+        whole = np.asarray(flat[path]).astype(DTYPES[valid("dtype", dtype, DTYPES)])
+        for name, layer in names(spec):
+            value = whole if layer is None else whole[layer]
+            stored = stored_shape(spec)
+            matrix = value.reshape(stored[::-1] if spec.transposed else stored)
+            tensors[name] = np.ascontiguousarray(matrix.T if spec.transposed else matrix)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(model.config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
+
+
+def initialise(key: Array, model: Model, dtype: str = "float32") -> Params:
+    """Fresh weights as `model.specs` describes them, normal ones with the config's initializer_range (default 0.02)."""
+    scale = model.config.get("initializer_range", 0.02)
+    tree = {}
+    for i, (path, spec) in enumerate(paths(model.specs)):
+        draw = {
+            "normal": lambda key, shape: scale * jax.random.normal(key, shape),
+            "zeros": lambda _, shape: jnp.zeros(shape),
+            "ones": lambda _, shape: jnp.ones(shape),
+        }[spec.init]
+        tree[path] = draw(jax.random.fold_in(key, i), spec.shape).astype(DTYPES[valid("dtype", dtype, DTYPES)])
+    return unflatten(tree)
+
+
+def abstract(model: Model, dtype: str = "float32") -> Params:
+    """The shapes of the weights, for planning and counting without allocating them."""
+    numpy_dtype = DTYPES[valid("dtype", dtype, DTYPES)]
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, numpy_dtype), model.specs, is_leaf=lambda x: isinstance(x, Spec)
+    )
+
+
+def read(file: str | os.PathLike) -> Iterator[tuple[str, Any]]:
+    """(name, slice) of every tensor in a safetensors file; a slice is read only when indexed."""
+    try:
+        with safetensors.safe_open(file, framework="numpy") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (safe_open is not iterable)
+                yield key, tensors.get_slice(key)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def names(spec: Spec) -> list[tuple[str, int | None]]:
+    """(name in the file, layer) of each tensor that this weight is stored as."""
+    if "{layer}" not in spec.source:
+        return [(spec.source, None)]
+    return [(spec.source.format(layer=i), i) for i in range(spec.shape[0])]
+
+
+def stored_shape(spec: Spec) -> tuple[int, ...]:
+    """The shape of one of this weight's tensors in the file."""
+    shape = spec.shape[1:] if "{layer}" in spec.source else spec.shape
+    if spec.inner is None:
+        return shape
+    inner, outer = math.prod(shape[: spec.inner]), math.prod(shape[spec.inner :])
+    matrix = (inner, outer) if spec.inner else (outer,)
+    return matrix[::-1] if spec.transposed else matrix
+
+
+def paths(specs: Params) -> list[tuple[tuple[str, ...], Spec]]:
+    """(path, spec) of every weight."""
+    return list(flatten(specs).items())
+
+
+def flatten(tree: Params) -> dict[tuple[str, ...], Any]:
+    """Nested dicts as one dict keyed by the path of each leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Spec))
+    return {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
+
+
+def unflatten(flat: dict[tuple[str, ...], Any]) -> Params:
+    """The inverse of `flatten`."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
