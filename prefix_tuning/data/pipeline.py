@@ -1,0 +1,311 @@
+"""From pairs of texts to batches: templates, tokens, length buckets or packed rows, and an order that resumes.
+
+Batches are dicts of NumPy arrays with the fields of `prefix_tuning.types.Batch`; the letters are those of that file.
+What an epoch holds is a function of (seed, epoch, lengths), so a run resumes from a step number alone.
+"""
+
+import functools
+import string
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import datasets
+import grain
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from prefix_tuning.errors import UserError
+
+WINDOW = 50  # batches sorted by length together: enough for little padding, few enough for a random order
+OPEN_ROWS = 64  # rows that packing still adds to; more pack hardly tighter and cost time
+SLACK = 1.25  # room for targets in a packed row, against the average: a row then rarely fills up with targets first
+ROUND = 128  # packed rows are as long as the longest example, rounded up to this
+
+
+class Tokens(NamedTuple):
+    """One example; the target ends with the end token."""
+
+    prompt: list[int]
+    target: list[int]
+
+
+class Shape(NamedTuple):
+    """The padded size of a batch."""
+
+    length: int  # T
+    targets: int  # N
+
+
+class Planned(NamedTuple):
+    """One batch of a plan: which examples each row holds (none in a row that only fills the batch), and its size."""
+
+    rows: list[list[int]]
+    shape: Shape
+
+
+class TrainData(NamedTuple):
+    """All epochs of a run."""
+
+    shapes: list[Shape]  # every shape that a batch can have
+    steps_per_epoch: list[int]
+    total_steps: int
+    padding: float  # the share of [B T] in the first epoch that is no example's token
+    batches: Callable[[int], grain.DatasetIterator]  # first step -> batches from there, with get_state and set_state
+
+
+def encode(
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt: str,
+    completion: str,
+    max_source: int | None,
+    max_target: int | None,
+) -> list[Tokens]:
+    """Tokenises the two templates for every row and ends each target with the end token, which `max_target` counts.
+
+    Templates are `str.format`'s over the columns, {bos} and {eos}.  Raises UserError for an unknown field, a prompt
+    without tokens and a tokenizer without an end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end token (eos_token), which every target ends with")
+    _at_least_one(max_target=max_target)
+    prompts = encode_prompts(dataset, tokenizer, prompt=prompt, max_source=max_source)
+    completions = _tokenise(_render(completion, dataset[:], tokenizer), tokenizer)
+    kept = None if max_target is None else max_target - 1
+    return [Tokens(p, [*c[:kept], tokenizer.eos_token_id]) for p, c in zip(prompts, completions, strict=True)]
+
+
+def encode_prompts(
+    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, prompt: str, max_source: int | None
+) -> list[list[int]]:
+    """Tokenises the prompt template for every row, the column `source` cut after its first `max_source` tokens.
+
+    Raises UserError for an unknown field and a prompt without tokens.
+    """
+    columns = dataset[:]
+    _at_least_one(max_source=max_source)
+    if max_source is not None:
+        # cut as text: the tokens of a source inside its template may differ from those of the source alone
+        spans = tokenizer(columns["source"], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        cut = [s[max_source - 1][1] if len(s) > max_source else None for s in spans]
+        columns["source"] = [text[:end] for text, end in zip(columns["source"], cut, strict=True)]
+    prompts = _tokenise(_render(prompt, columns, tokenizer), tokenizer)
+    for row, tokens in enumerate(prompts):
+        if not tokens:
+            raise UserError(f"row {row}: the prompt {prompt!r} has no tokens; expected at least one to predict from")
+    return prompts
+
+
+def collate(rows: Sequence[Sequence[Tokens]], length: int, targets: int) -> dict[str, np.ndarray]:
+    """Lays out rows of packed examples as a batch of T = `length` and N = `targets`; a row without any is filler.
+
+    The end token is only ever predicted, never read.
+    """
+    batch = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "positions", "segments")}
+    batch |= {name: np.zeros((len(rows), targets), np.int32) for name in ("target_index", "targets")}
+    batch["mask"] = np.zeros((len(rows), targets), np.float32)
+    batch["examples"] = np.array([len(row) for row in rows], np.int32)
+    for b, row in enumerate(rows):
+        start, first = 0, 0
+        for segment, (prompt, target) in enumerate(row, 1):
+            read = [*prompt, *target[:-1]]
+            span, predicted = slice(start, start + len(read)), slice(first, first + len(target))
+            batch["tokens"][b, span] = read
+            batch["positions"][b, span] = np.arange(len(read))
+            batch["segments"][b, span] = segment
+            batch["target_index"][b, predicted] = start + len(prompt) - 1 + np.arange(len(target))
+            batch["targets"][b, predicted] = target
+            batch["mask"][b, predicted] = 1.0
+            start, first = span.stop, predicted.stop
+    return batch
+
+
+def bucket_shapes(lengths: np.ndarray, targets: np.ndarray, count: int) -> list[Shape]:
+    """At most `count` shapes, ascending, with the least padding when every example goes to the smallest that fits.
+
+    A batch may hold shorter examples than its shape is made for, so N is the maximum over all that fit its T.
+    """
+    values, weights = np.unique(lengths, return_counts=True)
+    ceiling, below = np.append(0, values), np.append(0, np.cumsum(weights))
+    cost, choices = np.append(0.0, np.full(len(values), np.inf)), []
+    for _ in range(count):  # one more bucket: the first i distinct lengths as before, those up to j in the new one
+        options = [cost[: j + 1] + (below[j] - below[: j + 1]) * ceiling[j] for j in range(len(ceiling))]
+        choices.append([int(option.argmin()) for option in options])
+        cost = np.array([option.min() for option in options])
+    end, bounds = len(values), []
+    for choice in reversed(choices):
+        if choice[end] < end:
+            bounds.append(int(ceiling[end]))
+        end = choice[end]
+    return [Shape(bound, int(targets[lengths <= bound].max())) for bound in reversed(bounds)]
+
+
+def packed_shape(lengths: np.ndarray, targets: np.ndarray) -> Shape:
+    """The one shape of packed rows: T holds the longest example, N the average share of targets and some more."""
+    length = int(-(-lengths.max() // ROUND) * ROUND)
+    average = length * targets.sum() / lengths.sum()
+    return Shape(length, min(length, int(max(targets.max(), np.ceil(SLACK * average)))))
+
+
+def plan_epoch(
+    lengths: np.ndarray,
+    targets: np.ndarray,
+    *,
+    shapes: Sequence[Shape],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    packing: bool,
+) -> list[Planned]:
+    """The batches of one epoch, every example once: one a row, or as many as fit the first of `shapes`."""
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))
+    if packing:
+        rows = _pack(order, np.stack([lengths, targets], axis=1), shapes[0])
+    else:
+        windows = np.split(order, range(WINDOW * batch_size, len(order), WINDOW * batch_size))
+        rows = [[int(i)] for window in windows for i in window[np.argsort(lengths[window], kind="stable")]]
+    rows += [[]] * (-len(rows) % batch_size)
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    longest = [max(sum(lengths[i] for i in row) for row in batch) for batch in batches]
+    return [Planned(batches[i], _smallest(shapes, longest[i])) for i in rng.permutation(len(batches))]
+
+
+def train_data(
+    examples: Sequence[Tokens],
+    *,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    packing: bool,
+    shapes: int,
+    prefetch: int,
+) -> TrainData:
+    """Plans a run of `epochs` in batches of `batch_size` rows, `prefetch` of which a thread makes ahead.
+
+    Unpacked, batches take at most `shapes` shapes; packed, one.  Raises UserError without examples, and for a first
+    step beyond the last.
+    """
+    _at_least_one(batch_size=batch_size, epochs=epochs, shapes=shapes)
+    lengths, targets = _sizes(examples)
+    sizes = [packed_shape(lengths, targets)] if packing else bucket_shapes(lengths, targets, shapes)
+
+    @functools.lru_cache(maxsize=2)  # prefetching crosses from one epoch to the next
+    def plan(epoch: int) -> list[Planned]:
+        return plan_epoch(
+            lengths, targets, shapes=sizes, batch_size=batch_size, seed=seed, epoch=epoch, packing=packing
+        )
+
+    padded = batch_size * sum(shape.length for _, shape in plan(0))
+    # packing fits more or fewer rows into an epoch; without it, all have the same number of steps
+    steps = [len(plan(epoch)) for epoch in range(epochs)] if packing else [len(plan(0))] * epochs
+    ends = np.cumsum(steps)
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        epoch = int(np.searchsorted(ends, step, side="right"))
+        rows, shape = plan(epoch)[step - (ends[epoch] - steps[epoch])]
+        return collate([[examples[i] for i in row] for row in rows], *shape)
+
+    def batches(start_step: int) -> grain.DatasetIterator:
+        if not 0 <= start_step <= ends[-1]:
+            raise UserError(f"cannot start at step {start_step}; valid: 0 to {ends[-1]}")
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+        iterator = iter(grain.MapDataset.range(int(ends[-1])).map(batch).to_iter_dataset(options))
+        iterator.set_state({"next_index": start_step})
+        return iterator
+
+    return TrainData(sizes, steps, int(ends[-1]), 1 - int(lengths.sum()) / padded, batches)
+
+
+def eval_batches(
+    examples: Sequence[Tokens], *, batch_size: int, shapes: int
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Yields (indices [B], batch) with every example once, longest first; -1 is a row that only fills the batch."""
+    _at_least_one(batch_size=batch_size, shapes=shapes)
+    lengths, targets = _sizes(examples)
+    sizes = bucket_shapes(lengths, targets, shapes)
+    for indices in _longest_first(lengths, batch_size):
+        shape = _smallest(sizes, lengths[indices[0]])
+        yield indices, collate([[examples[i]] if i >= 0 else [] for i in indices], *shape)
+
+
+def prompt_batches(
+    prompts: Sequence[Sequence[int]], *, batch_size: int, multiple: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields (indices [B], tokens [B T], lengths [B]) with every prompt once, longest first, padded on the right.
+
+    T is a multiple of `multiple`.  A row that only fills the batch has the index -1 and repeats a prompt, because
+    decoding from nothing is undefined.  Raises UserError for a prompt without tokens.
+    """
+    _at_least_one(batch_size=batch_size, multiple=multiple)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    if 0 in lengths:
+        raise UserError(f"prompt {lengths.tolist().index(0)} has no tokens; expected at least one to decode from")
+    for indices in _longest_first(lengths, batch_size):
+        real = np.where(indices >= 0, indices, indices[0])
+        tokens = np.zeros((batch_size, -(-lengths[real[0]] // multiple) * multiple), np.int32)
+        for b, i in enumerate(real):
+            tokens[b, : lengths[i]] = prompts[i]
+        yield indices, tokens, lengths[real]
+
+
+def _at_least_one(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise UserError(f"{name} is {number}; expected at least 1")
+
+
+def _render(template: str, columns: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The template filled in for every row."""
+    special = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
+    try:
+        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+    except ValueError as error:
+        raise UserError(f"template {template!r} is malformed: {error}") from error
+    for field in sorted(fields):
+        if field not in columns and field not in special:
+            raise UserError(f"template {template!r}: unknown field {field!r}; valid: {', '.join([*columns, *special])}")
+        if field not in columns and special[field] is None:
+            raise UserError(f"template {template!r}: the tokenizer has no {field} token")
+    rows = zip(*columns.values(), strict=True)
+    return [template.format_map(special | dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    # special tokens are the template's business; texts beyond the model's length are the model's
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _sizes(examples: Sequence[Tokens]) -> tuple[np.ndarray, np.ndarray]:
+    """How many positions and how many targets each example takes."""
+    if not examples:
+        raise UserError("no examples to make batches of")
+    targets = np.array([len(example.target) for example in examples])
+    return np.array([len(example.prompt) for example in examples]) + targets - 1, targets
+
+
+def _smallest(shapes: Sequence[Shape], length: int) -> Shape:
+    return next(shape for shape in shapes if shape.length >= length)
+
+
+def _pack(order: np.ndarray, needs: np.ndarray, shape: Shape) -> list[list[int]]:
+    """First fit of examples that need (positions, targets) into rows of `shape`, trying the last rows still open."""
+    rows, owners, room = [], [[]] * OPEN_ROWS, np.zeros((OPEN_ROWS, 2), int)
+    for i in order:
+        fits = (room >= needs[i]).all(axis=1)
+        slot = int(fits.argmax())
+        if not fits[slot]:
+            slot = int(room[:, 0].argmin())  # the fullest row closes
+            rows.append([])
+            owners[slot], room[slot] = rows[-1], shape
+        owners[slot].append(int(i))
+        room[slot] -= needs[i]
+    return rows
+
+
+def _longest_first(lengths: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    """Yields indices [B] in order of falling length, so too little memory shows at once; -1 fills the last."""
+    order = np.argsort(-lengths, kind="stable")
+    order = np.append(order, np.full(-len(order) % batch_size, -1, order.dtype))
+    yield from order.reshape(-1, batch_size)
