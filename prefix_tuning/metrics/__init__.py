@@ -1,0 +1,41 @@
+"""Scores of generated text; nothing here imports JAX.
+
+A metric is a function of (predictions, references, sources): one text, the list of texts that would have been right,
+and the input that the prediction was made from.  It returns named numbers, None standing for one that cannot be
+computed on this machine.  Only `slots` looks at the sources.
+"""
+
+from collections.abc import Callable, Sequence
+
+from prefix_tuning.metrics import e2e, slots, text
+
+METRICS: dict[str, Callable[[list[str], list[list[str]], list[str] | None], dict[str, float | None]]] = {
+    "bleu": text.bleu,
+    "chrf": text.chrf,
+    "e2e": e2e.e2e,
+    "exact_match": text.exact_match,
+    "rouge": text.rouge,
+    "slots": slots.slots,
+    "ter": text.ter,
+}
+
+
+def score(
+    names: Sequence[str],
+    predictions: list[str],
+    references: list[list[str]],
+    sources: list[str] | None = None,
+) -> dict[str, float | None]:
+    """The scores of all named metrics in one dict; a `ValueError` where a name or a length is wrong."""
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"unknown metric {name!r}; valid: {', '.join(sorted(METRICS))}")
+    if not predictions:
+        raise ValueError(f"nothing to score: 0 predictions, {len(references)} groups of references")
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions, but {len(references)} groups of references")
+    if sources is not None and len(sources) != len(predictions):
+        raise ValueError(f"{len(predictions)} predictions, but {len(sources)} sources")
+    if [] in references:
+        raise ValueError(f"group {references.index([]) + 1} of {len(references)} has no reference")
+    return {key: value for name in names for key, value in METRICS[name](predictions, references, sources).items()}

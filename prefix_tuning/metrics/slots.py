@@ -1,0 +1,37 @@
+"""How much of a data record its description mentions."""
+
+import re
+
+# How records are written, an example each; the first pattern that finds anything in a source is the one used.
+# A group holds a value.
+RECORDS = {
+    "name[Blue Spice], food[French]": re.compile(r"\w[\w ]*\[([^\]]+)\]"),
+    "Aarhus : leader : Jacob Bundsgaard | ...": re.compile(r"(?:^|\|)([^|]+?) : [^|:]+ : ([^|]+)"),
+    "name : Blue Spice | food : French": re.compile(r"(?:^|[|\n])[^|:\n]+:([^|\n]+)"),
+    "name = Blue Spice; food = French": re.compile(r"(?:^|[|;,\n])[^|;,=\n]+=([^|;,\n]+)"),
+}
+
+
+def values(source: str) -> list[str]:
+    """The slot values of one record, in order; empty where no pattern of `RECORDS` applies."""
+    found = ([value for match in pattern.finditer(source) for value in match.groups()] for pattern in RECORDS.values())
+    return [value.strip() for value in next(filter(None, found), []) if value.strip()]
+
+
+def slots(predictions: list[str], references: list[list[str]], sources: list[str] | None = None) -> dict[str, float]:
+    """The share of all slot values, 0 to 100, that their prediction repeats as whole words, whatever the case.
+
+    A value that good text never repeats ("family friendly : yes") keeps even the references below 100.  A `ValueError`
+    where there are no sources, or none of them holds a slot.
+    """
+    if sources is None:
+        raise ValueError("the metric 'slots' needs the sources beside the predictions and references")
+    pairs = [(value, text) for source, text in zip(sources, predictions, strict=True) for value in values(source)]
+    if not pairs:
+        raise ValueError(f"no slot in any of {len(sources)} sources; a record reads like {' or '.join(RECORDS)}")
+    return {"slot_accuracy": 100 * sum(_mentions(text, value) for value, text in pairs) / len(pairs)}
+
+
+def _mentions(text: str, value: str) -> bool:
+    phrase = r"\s+".join(map(re.escape, value.split()))
+    return re.search(rf"(?<!\w){phrase}(?!\w)", text, re.IGNORECASE) is not None
