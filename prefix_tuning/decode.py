@@ -1,0 +1,311 @@
+"""Text generation with the whole loop under one jit: greedy, sampling and beam search over `Model.prefill`/`decode`."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from prefix_tuning.errors import UserError, valid
+from prefix_tuning.types import Adaptation, Cache, Model, Params
+
+NORMALISERS = ("generated", "full")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How to turn logits into text; raises `UserError` for impossible values and for options that would do nothing.
+
+    Options mean what they do in transformers 5's `generate`, except `normalise="full"`: beam search then scores as
+    transformers 3.2 did for Li & Liang 2021, by log-probability / (prompt + generated tokens, end token not counted).
+    """
+
+    max_new_tokens: int  # N
+    end_tokens: tuple[int, ...]
+    pad_token: int  # what follows an end token
+    min_new_tokens: int = 0  # before the end token
+    banned: tuple[int, ...] = ()
+    num_beams: int = 1  # W
+    length_penalty: float = 1.0  # the exponent of the length that beam search divides by
+    normalise: str = "generated"
+    early_stopping: bool = False  # stop at W finished hypotheses, even if a running one may become better
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0  # 0 keeps every token
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        valid("normalise", self.normalise, NORMALISERS)
+        for name, holds, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens"),
+            ("num_beams", self.num_beams >= 1, "at least 1"),
+            ("length_penalty", math.isfinite(self.length_penalty), "a finite number"),
+            ("early_stopping", isinstance(self.early_stopping, bool), "True or False"),
+            ("temperature", 0 < self.temperature < math.inf, "above 0; for greedy decoding do_sample=False"),
+            ("top_k", self.top_k >= 0, "at least 0, which keeps every token"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("banned", not set(self.banned) & set(self.end_tokens), "no end token; min_new_tokens delays those"),
+        ):
+            if not holds:
+                raise UserError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+        if self.do_sample and self.num_beams > 1:
+            raise UserError(f"do_sample with num_beams {self.num_beams}; sampling needs num_beams=1")
+        neutral = {field.name: field.default for field in dataclasses.fields(self)}
+        for used, condition, names in (
+            (self.num_beams > 1, "num_beams above 1", ("length_penalty", "normalise", "early_stopping")),
+            (self.do_sample, "do_sample=True", ("temperature", "top_k", "top_p")),
+        ):
+            idle = [name for name in names if getattr(self, name) != neutral[name]]
+            if idle and not used:
+                raise UserError(f"{', '.join(idle)} would do nothing; expected {condition} beside it")
+
+
+def make_generate(model: Model, config: DecodeConfig) -> Callable[..., tuple[Array, Array]]:
+    """Makes `generate(params, adaptation, tokens [B T], lengths [B], key=None) -> (new tokens [B N], lengths [B])`.
+
+    Prompts are padded on the right to T and have at least one token.  A new length counts the end token, after which
+    `pad_token` follows.  It is jitted, one trace per (B, T); only sampling needs a key.  Raises `UserError` for token
+    ids that the model lacks, and when traced for a prompt that leaves too few positions.
+    """
+    check(model, config)
+
+    @jax.jit
+    def generate(
+        params: Params, adaptation: Adaptation, tokens: Array, lengths: Array, key: Array | None = None
+    ) -> tuple[Array, Array]:
+        if config.num_beams > 1:
+            new, _ = beam_search(model, config, params, adaptation, tokens, lengths)
+        else:
+            new = sample(model, config, params, adaptation, tokens, lengths, key)
+        ended = is_end(config, new)
+        return new, jnp.where(ended.any(1), ended.argmax(1) + 1, config.max_new_tokens)
+
+    return generate
+
+
+def check(model: Model, config: DecodeConfig) -> None:
+    """Raises `UserError` if the configuration names tokens that the model lacks, or leaves it none to continue with."""
+    special = {*config.banned, *config.end_tokens}
+    unknown = sorted(token for token in {*special, config.pad_token} if not 0 <= token < model.vocabulary)
+    if unknown:
+        raise UserError(f"no such token: {', '.join(map(str, unknown))}; expected 0 to {model.vocabulary - 1}")
+    if len(special) == model.vocabulary:
+        raise UserError(f"all {model.vocabulary} tokens are banned or end tokens; expected one to continue with")
+
+
+def sample(
+    model: Model,
+    config: DecodeConfig,
+    params: Params,
+    adaptation: Adaptation,
+    tokens: Array,
+    lengths: Array,
+    key: Array | None,
+) -> Array:
+    """New tokens [B N] for prompts tokens [B T], drawn at random or, without `do_sample`, the most probable ones.
+
+    Draws take keys folded from (key, step, row): a row's text depends on its prompt and index, not on its neighbours.
+    """
+    if config.do_sample and key is None:
+        raise UserError("do_sample=True needs a key; expected one from jax.random.key(seed)")
+    rows, N = tokens.shape[0], config.max_new_tokens
+    kept = min(config.top_k, model.vocabulary) or model.vocabulary
+    logits, cache = prefill(model, config, params, adaptation, tokens, lengths)
+
+    def choose(step, logits):
+        logits = forbid(config, logits, step)
+        if not config.do_sample:
+            return logits.argmax(1).astype(jnp.int32)
+        # Sorted, so that the lower index comes first among equals: top_k=1 is greedy exactly.
+        logits, ids = jax.lax.top_k(logits / config.temperature, kept)
+        if config.top_p < 1:
+            probability = jax.nn.softmax(logits)
+            more_probable = probability.cumsum(1) - probability
+            logits = jnp.where(more_probable < config.top_p, logits, -jnp.inf)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), jnp.arange(rows))
+        ranks = jax.vmap(jax.random.categorical)(keys, logits)
+        return jnp.take_along_axis(ids, ranks[:, None], 1)[:, 0]
+
+    def extend(step, new, done, logits):
+        token = jnp.where(done, config.pad_token, choose(step, logits))
+        return step + 1, new.at[:, step].set(token), done | is_end(config, token)
+
+    def unfinished(state):
+        step, _, done, _ = state
+        return (step < N) & ~done.all()
+
+    def body(state):
+        step, new, done, cache = state
+        logits, cache = model.decode(params, adaptation, cache, new[:, step - 1])
+        return *extend(step, new, done, logits), cache
+
+    empty = jnp.full((rows, N), config.pad_token, jnp.int32)
+    first = extend(jnp.int32(0), empty, jnp.zeros(rows, bool), logits)
+    return jax.lax.while_loop(unfinished, body, (*first, cache))[1]
+
+
+class Beams(NamedTuple):
+    """What beam search knows after some steps; hypotheses are sorted, best first, and a score of -inf means none."""
+
+    running: Array  # int32 [B W N] hypotheses to continue
+    running_scores: Array  # [B W] their summed log-probabilities
+    parents: Array  # int32 [B W] the running hypothesis of the step before that each continues
+    finished: Array  # int32 [B W N]
+    finished_scores: Array  # [B W] divided by length ** length_penalty
+    improvable: Array  # bool [B] whether a finished hypothesis may still be replaced
+
+
+def beam_search(
+    model: Model, config: DecodeConfig, params: Params, adaptation: Adaptation, tokens: Array, lengths: Array
+) -> tuple[Array, Array]:
+    """The best hypothesis [B N] for prompts tokens [B T], and its score [B], normalised as the config says."""
+    (B, T), W, N = tokens.shape, config.num_beams, config.max_new_tokens
+    logits, cache = prefill(model, config, params, adaptation, tokens, lengths)
+    logits, cache, adaptation = jnp.repeat(logits, W, axis=0), repeat_cache(cache, W), repeat_own(adaptation, W)
+    # Computed once, so that equal lengths divide by equal numbers: an ulp apart, ties would be decided by chance.
+    powers = jnp.asarray(np.maximum(np.arange(T + N + 1), 1) ** config.length_penalty, jnp.float32)
+    empty, none = jnp.full((B, W, N), config.pad_token, jnp.int32), jnp.full((B, W), -jnp.inf)
+    start = Beams(
+        running=empty,
+        running_scores=none.at[:, 0].set(0.0),  # all hypotheses are still the same, so only one may be continued
+        parents=jnp.zeros((B, W), jnp.int32),
+        finished=empty,
+        finished_scores=none,
+        improvable=jnp.ones(B, bool),
+    )
+
+    def unfinished(state):
+        step, beams, _ = state
+        return (step < N) & beams.improvable.any()
+
+    def body(state):
+        step, beams, cache = state
+        cache = reorder(cache, beams.parents, T)
+        logits, cache = model.decode(params, adaptation, cache, beams.running[:, :, step - 1].reshape(B * W))
+        return step + 1, extend_beams(config, powers, beams, lengths, logits, step), cache
+
+    first = extend_beams(config, powers, start, lengths, logits, jnp.int32(0))
+    _, beams, _ = jax.lax.while_loop(unfinished, body, (jnp.int32(1), first, cache))
+    finished, scores = beams.finished, beams.finished_scores
+    if config.normalise == "full":
+        # transformers 3.2 took what the maximum length cut off as hypotheses last, and only where there was hope.
+        cut = jnp.where(beams.improvable[:, None], beams.running_scores / powers[lengths + N][:, None], -jnp.inf)
+        finished, scores = best_of(beams, beams.running, cut)
+    return finished[:, 0], scores[:, 0]
+
+
+def extend_beams(
+    config: DecodeConfig, powers: Array, beams: Beams, lengths: Array, logits: Array, step: Array
+) -> Beams:
+    """One step of beam search for prompts of lengths [B], from logits [B*W V] after `step` new tokens.
+
+    A hypothesis of n tokens is worth its log-probability / powers[n].
+    """
+    B, W, N = beams.running.shape
+    V = logits.shape[1]
+    log_probabilities = forbid(config, jax.nn.log_softmax(logits), step).reshape(B, W, V)
+    totals = beams.running_scores[:, :, None] + log_probabilities
+    # Every hypothesis may end in as many ways as there are end tokens, and W candidates that do not must remain.
+    kept = W * (1 + len(config.end_tokens))
+    scores, flat = jax.lax.top_k(totals.reshape(B, W * V), kept)
+    parents, token = flat // V, flat % V
+    hypotheses = pick(beams.running, parents).at[:, :, step].set(token)
+
+    ended = is_end(config, token)
+    running_scores, survivors = jax.lax.top_k(jnp.where(ended, -jnp.inf, scores), W)
+
+    if config.normalise == "full":
+        # As in transformers 3.2 the end token is not counted, and the best candidate sets the hope even if it ended.
+        finishes, power, hope = ended, powers[lengths + step][:, None], scores[:, :1]
+    else:
+        finishes, power, hope = ended | (step + 1 == N), powers[step + 1], running_scores[:, :1]
+    # Candidates ranked after W are there to be continued; one that ends is no hypothesis.
+    finishes &= (jnp.arange(kept) < W) & beams.improvable[:, None]
+    finished, finished_scores = best_of(beams, hypotheses, jnp.where(finishes, scores / power, -jnp.inf))
+    worst = finished_scores[:, -1]
+    missing = worst == -jnp.inf
+    better = (hope / power)[:, 0] > worst
+    return Beams(
+        running=pick(hypotheses, survivors),
+        running_scores=running_scores,
+        parents=pick(parents, survivors),
+        finished=finished,
+        finished_scores=finished_scores,
+        improvable=beams.improvable & (missing if config.early_stopping else missing | better),
+    )
+
+
+def best_of(beams: Beams, hypotheses: Array, scores: Array) -> tuple[Array, Array]:
+    """The W best [B W N], and their scores [B W], of the finished hypotheses and others [B A N] with scores [B A]."""
+    W = beams.finished.shape[1]
+    scores, best = jax.lax.top_k(jnp.concatenate([beams.finished_scores, scores], axis=1), W)
+    return pick(jnp.concatenate([beams.finished, hypotheses], axis=1), best), scores
+
+
+def prefill(
+    model: Model, config: DecodeConfig, params: Params, adaptation: Adaptation, tokens: Array, lengths: Array
+) -> tuple[Array, Cache]:
+    """Reads the prompts [B T] once; raises `UserError` if they leave too few positions for the new tokens."""
+    # Only a shift makes a prefix take positions; its value is data, so its length stands for it.
+    prefixes = [] if adaptation.shift is None else jax.tree.leaves(adaptation.decoder.kv)
+    prefix = max((x.shape[-3] for x in prefixes), default=0)
+    length, new = tokens.shape[1], config.max_new_tokens
+    if model.max_positions is not None and prefix + length + new > model.max_positions:
+        raise UserError(
+            f"prefix {prefix} + prompt {length} + max_new_tokens {new} = {prefix + length + new} positions; "
+            f"expected at most {model.max_positions}, which is what the model knows"
+        )
+    return model.prefill(params, adaptation, tokens, lengths, length + new)
+
+
+def forbid(config: DecodeConfig, scores: Array, step: Array) -> Array:
+    """Scores [... V] with -inf at banned tokens and, in the first `min_new_tokens` steps, at end tokens."""
+    tokens = jnp.arange(scores.shape[-1])
+    early = is_end(config, tokens) & (step < config.min_new_tokens)
+    return jnp.where(early | is_one_of(tokens, config.banned), -jnp.inf, scores)
+
+
+def is_end(config: DecodeConfig, tokens: Array) -> Array:
+    """Which of tokens [...] are end tokens, bool [...]."""
+    return is_one_of(tokens, config.end_tokens)
+
+
+def is_one_of(tokens: Array, choices: tuple[int, ...]) -> Array:
+    """Which of tokens [...] are among the choices, bool [...]."""
+    return (tokens[..., None] == jnp.array(choices, jnp.int32)).any(-1)
+
+
+def pick(x: Array, index: Array) -> Array:
+    """x[b, index[b, w]] for x [B A ...] and index [B W]: [B W ...]."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def repeat_cache(cache: Cache, beams: int) -> Cache:
+    """A cache of B rows as one of B*W, row b W times in succession."""
+    return cache.replace(
+        k=jnp.repeat(cache.k, beams, axis=1),
+        v=jnp.repeat(cache.v, beams, axis=1),
+        valid=jnp.repeat(cache.valid, beams, axis=0),
+        position=jnp.repeat(cache.position, beams, axis=0),
+    )
+
+
+def repeat_own(adaptation: Adaptation, beams: int) -> Adaptation:
+    """The adaptation for B*W rows: what is shared stays one copy, what each row has for itself is repeated."""
+    kv = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=1) if x.ndim == 5 else x, adaptation.decoder.kv)
+    shift = jax.tree.map(lambda x: jnp.repeat(x, beams) if x.ndim == 1 else x, adaptation.shift)
+    return adaptation.replace(decoder=adaptation.decoder.replace(kv=kv), shift=shift)
+
+
+def reorder(cache: Cache, parents: Array, prompt: int) -> Cache:
+    """The cache of B*W rows after row w of each prompt became a continuation of row parents [B W]."""
+    B, W = parents.shape
+    rows = (jnp.arange(B)[:, None] * W + parents).reshape(B * W)
+    # The beams of a prompt share it and their length, so they differ only in the slots after it.
+    k, v = (x.at[:, :, prompt:].set(x[:, rows, prompt:]) for x in (cache.k, cache.v))
+    return cache.replace(k=k, v=v)
