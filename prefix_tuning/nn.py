@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from prefix_tuning.types import KV, Adaptation, Sites, UserError, valid
+from prefix_tuning.errors import UserError, valid
+from prefix_tuning.types import KV, Adaptation, Sites
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

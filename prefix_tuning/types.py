@@ -130,17 +130,6 @@ class TrainState:
     key: Array  # never advanced: every step folds its own number in
 
 
-class UserError(ValueError):
-    """Something the user gave is wrong; the message is one line and says what was expected."""
-
-
-def valid(kind: str, name: str, choices: Any) -> str:
-    """Returns `name` if it is one of `choices`, else raises a `UserError` that lists them."""
-    if name not in choices:
-        raise UserError(f"unknown {kind} {name!r}; valid: {', '.join(sorted(map(str, choices)))}")
-    return name
-
-
 def count(tree: Any) -> int:
     """The number of scalars in a tree of arrays, shapes or `Spec`s."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Spec))

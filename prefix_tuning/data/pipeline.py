@@ -231,12 +231,13 @@ def eval_batches(
 
 
 def prompt_batches(
-    prompts: Sequence[Sequence[int]], *, batch_size: int, multiple: int
+    prompts: Sequence[Sequence[int]], *, batch_size: int, multiple: int, longest: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields (indices [B], tokens [B T], lengths [B]) with every prompt once, longest first, padded on the right.
 
-    T is a multiple of `multiple`.  A row that only fills the batch has the index -1 and repeats a prompt, because
-    decoding from nothing is undefined.  Raises UserError for a prompt without tokens.
+    T is a multiple of `multiple`, but no more than `longest`, which no prompt may exceed.  A row that only fills the
+    batch has the index -1 and repeats a prompt, because decoding from nothing is undefined.  Raises UserError for a
+    prompt without tokens.
     """
     _at_least_one(batch_size=batch_size, multiple=multiple)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -244,7 +245,8 @@ def prompt_batches(
         raise UserError(f"prompt {lengths.tolist().index(0)} has no tokens; expected at least one to decode from")
     for indices in _longest_first(lengths, batch_size):
         real = np.where(indices >= 0, indices, indices[0])
-        tokens = np.zeros((batch_size, -(-lengths[real[0]] // multiple) * multiple), np.int32)
+        room = -(-lengths[real[0]] // multiple) * multiple
+        tokens = np.zeros((batch_size, room if longest is None else min(room, longest)), np.int32)
         for b, i in enumerate(real):
             tokens[b, : lengths[i]] = prompts[i]
         yield indices, tokens, lengths[real]

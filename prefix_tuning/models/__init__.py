@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from prefix_tuning.errors import UserError, valid
 from prefix_tuning.models import gpt2, llama
-from prefix_tuning.types import Model, UserError, valid
+from prefix_tuning.types import Model
 
 MODELS = {"gpt2": gpt2, "llama": llama}
 

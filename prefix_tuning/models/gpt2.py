@@ -5,8 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from prefix_tuning import nn
+from prefix_tuning.errors import UserError, valid
 from prefix_tuning.models import decoder
-from prefix_tuning.types import Model, Params, Sites, Spec, UserError, valid
+from prefix_tuning.types import Model, Params, Sites, Spec
 
 # Causal masks that older files carry as buffers, and the unembedding, which is the embedding.
 IGNORED = (r".*\.attn\.(bias|masked_bias)", r"lm_head\.weight")

@@ -5,8 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from prefix_tuning import nn
+from prefix_tuning.errors import valid
 from prefix_tuning.models import decoder
-from prefix_tuning.types import Model, Params, Sites, Spec, valid
+from prefix_tuning.types import Model, Params, Sites, Spec
 
 IGNORED = (r".*\.rotary_emb\.inv_freq",)  # a buffer that older files carry
 

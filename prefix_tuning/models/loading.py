@@ -18,7 +18,9 @@ import transformers
 from jax import Array
 
 from prefix_tuning import models
-from prefix_tuning.types import Model, Params, Spec, UserError, valid
+from prefix_tuning.errors import UserError, valid
+from prefix_tuning.files import read_json
+from prefix_tuning.types import Model, Params, Spec
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # what a folder of the hub is fetched for
@@ -39,16 +41,10 @@ def find_folder(name: str) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The contents of config.json; raises `UserError` if it is missing, malformed or asks for remote code."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json; expected a folder in Hugging Face layout") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    config = read_json(folder / "config.json", "a folder in Hugging Face layout")
     if "auto_map" in config:
         raise UserError(
-            f"{path} asks for remote code (auto_map), which is refused; supported: {', '.join(models.MODELS)}"
+            f"{folder / 'config.json'} asks for remote code (auto_map), which is refused; supported: {', '.join(models.MODELS)}"
         )
     return config
 

@@ -1,0 +1,49 @@
+"""Prefix-tunes SmolLM2-135M-Instruct on 500 pairs of E2E, decodes 100 validation records greedily.
+
+    python run.py train --config=configs/e2e_smollm2.py --workdir=runs/e2e \\
+        --config.model.name=FOLDER --config.dataset.path=FOLDER
+
+`model.name` may be the hub's name or a folder, `dataset.path` tuetschek/e2e_nlg or a folder with src1_train.txt and
+src1_valid.txt.  HARDWARE_AND_NUMBERS
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    """`quick` trains on 32 pairs and decodes 8 records; `method` as in every config."""
+    settings = common.parse(arg)
+    quick = settings["quick"]
+    return common.section(
+        seed=0,
+        model=common.section(name="HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32"),
+        dataset=common.section(name="e2e", path="tuetschek/e2e_nlg", strip=True),
+        text=common.section(prompt="{source}\n", completion="{target}", max_source=None, max_target=None),
+        method=common.method(settings["method"], prefix={"text": "Describe the restaurant in one sentence.\n"}),
+        objective=common.section(name="lm", normalisation="token"),
+        optimizer=common.section(
+            name="adamw", learning_rate=5e-3, schedule="linear", warmup_steps=0, weight_decay=0.0, clip=1.0
+        ),
+        train=common.section(
+            batch_size=8,
+            epochs=1 if quick else 3,
+            examples=32 if quick else 500,
+            accumulate=1,
+            packing=False,
+            shapes=4,
+            prefetch=8,
+            log_every=10,
+            eval_every=None,
+            checkpoint_every=50,
+            keep=2,
+        ),
+        evaluation=common.section(
+            metrics=("e2e",),
+            batch_size=20,
+            split="validation",
+            final_split="validation",
+            examples=8 if quick else 100,
+            samples=3,
+        ),
+        decode=common.section(max_new_tokens=80, num_beams=1, banned=("\n",)),
+    )

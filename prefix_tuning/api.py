@@ -1,0 +1,185 @@
+"""The Python interface, and what the commands do with a workdir."""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prefix_tuning import evaluate, models, parallel, setup
+from prefix_tuning.checkpoint import Checkpoints
+from prefix_tuning.decode import DecodeConfig, make_generate
+from prefix_tuning.errors import UserError, valid
+from prefix_tuning.files import read_json, read_text, replace, write_json
+from prefix_tuning.interop import peft
+from prefix_tuning.models import loading
+from prefix_tuning.record import WORKDIR
+from prefix_tuning.types import Adaptation, Batch, Model, Params
+
+FORMATS = ("peft",)
+
+
+def load_model(name: str, *, dtype: str = "float32") -> tuple[Model, Params, Any]:
+    """(model, frozen weights, tokenizer or None) of a folder in Hugging Face layout or a name on the hub."""
+    folder = loading.find_folder(name)
+    model = models.build(loading.read_config(folder))
+    return model, jax.device_put(loading.load_weights(folder, model, dtype)), loading.load_tokenizer(folder)
+
+
+def load_adapter(folder: str, model: Model, frozen: Params) -> Adaptation:
+    """The adaptation in a workdir's adapter/ or any PEFT folder; raises `UserError` if it does not fit the model."""
+    del frozen  # a prefix needs none of it; methods that merge will
+    return peft.load_adapter(folder, model)
+
+
+def save_adapter(folder: str, adaptation: Adaptation, model: Model) -> None:
+    """Writes an adaptation in PEFT's layout; raises `UserError` for what PEFT cannot express."""
+    peft.save_adapter(folder, adaptation, model, model.config.get("_name_or_path", ""))
+
+
+def logits(
+    model: Model, frozen: Params, adaptation: Adaptation | None, rows: Sequence[Sequence[int]]
+) -> list[np.ndarray]:
+    """Next-token logits, float32 [T V] for each row of token ids, without padding."""
+    tokens, lengths = padded(model, rows)
+    out = jax.device_get(full_logits(model.hidden, model.unembed)(frozen, adaptation or Adaptation(), tokens, lengths))
+    return [out[b, :length] for b, length in enumerate(lengths)]
+
+
+def generate(
+    model: Model,
+    frozen: Params,
+    adaptation: Adaptation | None,
+    rows: Sequence[Sequence[int]],
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> list[list[int]]:
+    """New token ids for each row of token ids, without the end token; options are `DecodeConfig`'s.
+
+    The end tokens are those of config.json unless `end_tokens` is given.
+    """
+    tokens, lengths = padded(model, rows)
+    end = model.config.get("eos_token_id")
+    ends = options.pop("end_tokens", () if end is None else (end,) if isinstance(end, int) else tuple(end))
+    config = setup.call("generate", DecodeConfig, {"end_tokens": ends, "pad_token": ends[0] if ends else 0} | options)
+    run = generator(HashableModel(model), config)
+    new, counts = jax.device_get(run(frozen, adaptation or Adaptation(), tokens, lengths, jax.random.key(seed)))
+    return [[int(i) for i in new[b, :n] if int(i) not in ends] for b, n in enumerate(counts)]
+
+
+class HashableModel:
+    """A model as a cache key: its functions tell it apart."""
+
+    def __init__(self, model: Model):
+        self.model = model
+
+    def __hash__(self) -> int:
+        return hash(self.model.prefill)
+
+    def __eq__(self, other: object) -> bool:
+        return self.model.prefill is other.model.prefill
+
+
+@functools.lru_cache(maxsize=32)
+def generator(model: HashableModel, config: DecodeConfig) -> Any:
+    """A compiled decoder, kept for the next call."""
+    return make_generate(model.model, config)
+
+
+@functools.lru_cache(maxsize=32)
+def full_logits(hidden: Any, unembed: Any) -> Any:
+    """A compiled forward pass, kept for the next call."""
+
+    @jax.jit
+    def run(frozen, adaptation, tokens, lengths):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        segments = (positions < lengths[:, None]).astype(jnp.int32)
+        none = jnp.zeros((len(tokens), 0), jnp.int32)
+        batch = Batch(tokens, positions, segments, none, none, none.astype(jnp.float32), jnp.ones_like(lengths))
+        return unembed(frozen, hidden(frozen, adaptation, batch))
+
+    return run
+
+
+def padded(model: Model, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [B T] padded on the right, lengths [B]); raises `UserError` for an empty row or an impossible id."""
+    if not len(rows) or not all(len(row) for row in rows):
+        raise UserError("expected at least one row, and at least one token id in each")
+    for b, row in enumerate(rows):
+        for i in row:
+            if not 0 <= i < model.vocabulary:
+                raise UserError(f"row {b} has token id {i}; valid: 0 to {model.vocabulary - 1}")
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)] = row
+    return tokens, lengths
+
+
+def open_workdir(workdir: str) -> tuple[dict[str, Any], setup.Base, Params, Params, int]:
+    """(config, base, frozen, trainable, step) of a workdir's newest checkpoint; raises `UserError` if it has none."""
+    config = read_json(Path(workdir) / "config.json", WORKDIR)
+    base = setup.make_base(config)
+    folder = Path(workdir) / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{workdir} has no checkpoints; expected {WORKDIR}")
+    checkpoints = Checkpoints(folder)
+    found = checkpoints.restore_trainable(setup.abstract_trainable(base.method, base.model))
+    checkpoints.close()
+    if found is None:
+        raise UserError(f"{folder} holds no checkpoint yet; let 'run.py train' go on until it has saved one")
+    trainable, step = found
+    return config, base, parallel.place(setup.load_weights(base, config)), parallel.place(trainable), step
+
+
+def evaluate_workdir(workdir: str, split: str) -> dict[str, Any]:
+    """Decodes and scores a split with a workdir's newest checkpoint; writes eval_SPLIT.json and the predictions."""
+    config, base, frozen, trainable, step = open_workdir(workdir)
+    section = setup.call("evaluation", setup.Evaluation, config["evaluation"])
+    chosen = setup.make_split(config, base, split, section.examples)
+    write = evaluate.make_writer(base, section.batch_size, seed=config["seed"])
+    predictions = write(*base.method.bind(frozen, trainable), chosen.prompts)
+    scores = {"step": step, "records": len(chosen.prompts), **evaluate.score(section.metrics, predictions, chosen)}
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluate.rows(predictions, chosen))
+    replace(Path(workdir) / "predictions" / f"{split}.jsonl", lines)
+    write_json(Path(workdir) / f"eval_{split}.json", scores)
+    return scores
+
+
+def generate_file(workdir: str, source: str, output: str) -> int:
+    """Reads JSON lines with `source`, writes them with `prediction`, in order; returns how many."""
+    rows = []
+    for number, line in enumerate(read_text(source).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{source}:{number} is not JSON") from None
+        if not isinstance(rows[-1], dict) or not isinstance(rows[-1].get("source"), str):
+            raise UserError(f"{source}:{number} has no text under 'source'")
+    if not rows:
+        raise UserError(f"{source} is empty; expected JSON lines with 'source'")
+    if not Path(output).resolve().parent.is_dir():
+        raise UserError(f"cannot write {output}: its folder does not exist")
+    config, base, frozen, trainable, _ = open_workdir(workdir)
+    section = setup.call("evaluation", setup.Evaluation, config["evaluation"])
+    prompts = setup.make_prompts(config, base, rows)
+    write = evaluate.make_writer(base, section.batch_size, seed=config["seed"])
+    predictions = write(*base.method.bind(frozen, trainable), prompts)
+    done = [row | {"prediction": prediction} for row, prediction in zip(rows, predictions, strict=True)]
+    replace(Path(output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done))
+    return len(done)
+
+
+def export_workdir(workdir: str, format: str, output: str) -> None:
+    """Writes a workdir's newest adaptation in another format; raises `UserError` for what it cannot express."""
+    valid("format", format, FORMATS)
+    config, base, frozen, trainable, _ = open_workdir(workdir)
+    _, adaptation = jax.device_get(base.method.bind(frozen, trainable))
+    peft.save_adapter(output, adaptation, base.model, config["model"]["name"])

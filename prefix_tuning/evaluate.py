@@ -1,0 +1,75 @@
+"""Decoding a split and scoring it: prompts -> texts -> metrics, and the loss on the same records."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from prefix_tuning import metrics, parallel
+from prefix_tuning.data import pipeline
+from prefix_tuning.decode import make_generate
+from prefix_tuning.errors import UserError
+from prefix_tuning.setup import Base, Run, Split
+from prefix_tuning.types import Adaptation, Params
+
+MULTIPLE = 32  # prompts are padded to multiples of this, so that few shapes are compiled
+
+Write = Callable[[Params, Adaptation, Sequence[Sequence[int]]], list[str]]
+
+
+def make_writer(base: Base, batch_size: int, *, seed: int, check: Callable = lambda: None) -> Write:
+    """write(params, adaptation, prompts) -> one text each, in order; `check` runs between batches and may raise.
+
+    Rows of a batch are spread over the local devices; raises `UserError` if batch_size does not divide evenly.
+    """
+    parallel.check_rows(batch_size)
+    generate = make_generate(base.model, base.decode)
+    longest = base.model.max_positions and base.model.max_positions - base.prefix_length - base.decode.max_new_tokens
+
+    def write(params: Params, adaptation: Adaptation, prompts: Sequence[Sequence[int]]) -> list[str]:
+        texts = [""] * len(prompts)
+        batches = pipeline.prompt_batches(prompts, batch_size=batch_size, multiple=MULTIPLE, longest=longest)
+        for number, (indices, tokens, lengths) in enumerate(batches):
+            check()
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            rows = parallel.split_rows(tokens), parallel.split_rows(lengths)
+            new, new_lengths = jax.device_get(generate(params, adaptation, *rows, key))
+            for b, i in enumerate(indices):
+                if i >= 0:
+                    text = base.tokenizer.decode(new[b, : new_lengths[b]], skip_special_tokens=True)
+                    texts[i] = text.strip()
+        return texts
+
+    return write
+
+
+def score(names: Sequence[str], predictions: Sequence[str], split: Split) -> dict[str, float | None]:
+    """The metrics of these predictions against the split's references."""
+    try:
+        return metrics.score(names, list(predictions), list(split.records["targets"]), list(split.records["source"]))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def rows(predictions: Sequence[str], split: Split) -> list[dict[str, Any]]:
+    """One object per record: source, prediction, references."""
+    columns = zip(split.records["source"], predictions, split.records["targets"], strict=True)
+    return [{"source": s, "prediction": p, "references": r} for s, p, r in columns]
+
+
+def mean_loss(
+    step: Callable, frozen: Params, trainable: Params, split: Split, run: Run, *, check: Callable
+) -> dict[str, float]:
+    """Loss as training normalises it, perplexity per token and next-token accuracy on a split's pairs."""
+    totals: dict[str, np.ndarray] = {}
+    for _, batch in pipeline.eval_batches(split.pairs, batch_size=run.evaluation.batch_size, shapes=run.train.shapes):
+        check()
+        local = jax.tree.map(lambda x: x[:, 0], parallel.split_batch(batch))
+        sums = jax.device_get(step(frozen, trainable, local))
+        totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+    return {
+        "loss": float(totals["loss"] / totals["count"]),
+        "perplexity": float(np.exp(totals["nll"] / totals["targets"])),
+        "accuracy": float(totals["correct"] / totals["targets"]),
+    }

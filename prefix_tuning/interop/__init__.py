@@ -1,0 +1,1 @@
+"""Adaptations in the file formats of others."""

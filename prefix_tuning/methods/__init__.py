@@ -1,0 +1,5 @@
+"""The methods: name in the config -> factory(tokenizer, **options) -> `Method`."""
+
+from prefix_tuning.methods import prefix
+
+METHODS = {"prefix": prefix.make}

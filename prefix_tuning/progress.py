@@ -1,0 +1,151 @@
+"""What the user sees while a run goes on, and how a run is asked to stop."""
+
+import math
+import signal
+import sys
+import time
+from typing import Any
+
+import jax
+import optax
+from tqdm import tqdm
+
+from prefix_tuning.errors import UserError
+from prefix_tuning.record import Record
+from prefix_tuning.train_step import Sums
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C, raised where it is safe to stop."""
+
+
+class Stop:
+    """Notes the first SIGTERM or Ctrl-C for `check` to raise; a second one kills as usual."""
+
+    def __enter__(self) -> "Stop":
+        self.number = None
+        self.usual = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, _: Any) -> None:
+        """The signal handler."""
+        self.number = number
+        self.__exit__()
+        say(f"{signal.Signals(number).name}: saving, then stopping (once more to stop at once)")
+
+    def check(self) -> None:
+        """Raises `Interrupted` if a signal has come."""
+        if self.number is not None:
+            raise Interrupted(128 + self.number)
+
+
+class Meter:
+    """Reads each step's sums: stops a run that diverges, counts time, shows progress and writes train metrics."""
+
+    def __init__(
+        self,
+        record: Record,
+        schedule: optax.Schedule,
+        *,
+        total: int,
+        log_every: int,
+        first: int,
+        notes: dict[str, Any] | None,
+    ):
+        """Goes on after step `first` of `total`, from the `notes` of the run that was stopped there."""
+        self.record, self.schedule, self.total, self.log_every = record, schedule, total, log_every
+        self.seconds, self.window = (notes["seconds"], notes["window"]) if notes else (0.0, {})
+        self.mark = None
+        self.bar = tqdm(total=total, initial=first, unit="step", disable=None, dynamic_ncols=True)
+
+    def notes(self) -> dict[str, Any]:
+        """What a resumed run needs to log as if it had never stopped."""
+        return {"seconds": self.seconds, "window": self.window}
+
+    def resume(self) -> None:
+        """Starts the clock, unless it is running."""
+        self.mark = self.mark or time.perf_counter()
+
+    def pause(self) -> None:
+        """Stops the clock: what follows is not training."""
+        self.mark = None
+
+    def read(self, pending: tuple[int, Sums] | None) -> None:
+        """Takes in a step's sums; raises `UserError` if its loss or gradient is not finite."""
+        if pending is None:
+            return
+        step, sums = pending[0], {name: float(value) for name, value in jax.device_get(pending[1]).items()}
+        norms = {name: sums.pop(name) for name in list(sums) if name.endswith("_norm")}
+        if not math.isfinite(sums["loss"]) or not math.isfinite(norms["grad_norm"]):
+            raise UserError(
+                f"loss {sums['loss']}, gradient norm {norms['grad_norm']} at step {step}: not finite; the checkpoints "
+                "before it are kept; try a lower optimizer.learning_rate, more optimizer.warmup_steps or a smaller "
+                "optimizer.clip, with another workdir"
+            )
+        now = time.perf_counter()
+        sums["seconds"], self.mark = now - self.mark, now
+        self.seconds += sums["seconds"]
+        self.window = {name: self.window.get(name, 0.0) + value for name, value in sums.items()}
+        self.bar.update(step - self.bar.n)
+        if step % self.log_every == 0 or step == self.total:
+            self.log(step, norms)
+
+    def log(self, step: int, norms: dict[str, float]) -> None:
+        """Writes the window's means and shows them."""
+        window, self.window = self.window, {}  # sums over the steps since the last line
+        loss = window["loss"] / window["count"]
+        rates = {f"{unit}_per_second": window[unit] / window["seconds"] for unit in ("examples", "tokens")}
+        rate = float(self.schedule(step - 1))
+        values = {
+            "loss": loss,
+            "accuracy": window["correct"] / window["targets"],
+            "learning_rate": rate,
+            **norms,
+            **rates,
+        }
+        self.record.metrics(step, {f"train/{name}": value for name, value in values.items()})
+        line = f"loss {loss:.4f}, {rates['examples_per_second']:.1f} ex/s, {rates['tokens_per_second']:.0f} tok/s"
+        self.bar.set_postfix_str(line)
+        if self.bar.disable:
+            left = (self.total - step) * self.seconds / step
+            say(f"step {step}/{self.total}: {line}, {left / 60:.1f} min left")
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        self.bar.close()
+
+
+def share(counts: dict[str, int]) -> str:
+    """How much of the model is trained."""
+    part = counts["trained"] / counts["frozen"]
+    return f"training {counts['trained']:,} parameters beside {counts['frozen']:,} frozen ({part:.3%})"
+
+
+def shown(value: float | None) -> str:
+    """A score for a table."""
+    return "null" if value is None else f"{value:.4f}"
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The end of a run as text: untuned against tuned, what it took, where everything lies."""
+    untuned, tuned = summary["untuned"], summary["tuned"]
+    rows = [("", "untuned", "tuned")]
+    rows += [(key, shown(untuned[key]) if key in untuned else "-", shown(tuned[key])) for key in tuned]
+    width = max(len(row[0]) for row in rows)
+    adapter = f", the adapter in {summary['adapter']}" if summary["adapter"] else ""
+    lines = [f"{key:{width}}  {before:>9}  {after:>9}" for key, before, after in rows]
+    lines += [
+        f"{summary['records']} records of the {summary['split']} split",
+        f"{share(summary['parameters'])}, {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes",
+        f"everything is in {summary['workdir']}{adapter}",
+    ]
+    return "\n".join(lines)
+
+
+def say(line: str) -> None:
+    """Prints a line for the user beside a progress bar."""
+    tqdm.write(line, file=sys.stderr)

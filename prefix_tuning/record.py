@@ -1,0 +1,111 @@
+"""What a run leaves in its workdir: config, environment, metrics, predictions, TensorBoard."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import tensorboardX
+
+from prefix_tuning.errors import UserError
+from prefix_tuning.files import guarded, read_json, read_lines, replace, write_json
+
+WORKDIR = "a workdir made by 'run.py train'"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "grain", "numpy")
+
+
+class Record:
+    """One workdir, opened for a run; every file is JSON that stays readable while the run goes on."""
+
+    def __init__(self, workdir: str | os.PathLike, config: dict[str, Any]):
+        """Makes the folder; raises `UserError` if it cannot be written."""
+        self.workdir = Path(workdir)
+        try:
+            (self.workdir / "predictions").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to workdir {self.workdir}: {error.strerror}") from error
+        write_json(self.workdir / "config.json", config)
+        write_json(self.workdir / "environment.json", environment())
+        self.lines = None
+        self.board = None
+
+    def start(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Opens the metrics; lines that a killed run wrote after its last checkpoint are those not to `keep`."""
+        path = self.workdir / "metrics.jsonl"
+        kept = [line for line in read_lines(path) if keep(line)] if path.exists() else []
+        replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.lines = path.open("a")
+        self.board = tensorboardX.SummaryWriter(
+            str(self.workdir / "tensorboard"), purge_step=kept[-1]["step"] + 1 if kept else 0
+        )
+
+    def metrics(self, step: int, values: dict[str, float | None]) -> None:
+        """Appends one line of named floats to metrics.jsonl, and to TensorBoard."""
+        line = json.dumps({"step": step, **values}) + "\n"
+        guarded(self.workdir, lambda: (self.lines.write(line), self.lines.flush()))
+        for name, value in values.items():
+            if value is not None:
+                self.board.add_scalar(name, value, step)
+
+    def predictions(self, name: str, rows: list[dict[str, Any]]) -> Path:
+        """Writes predictions/NAME.jsonl, one object a line."""
+        path = self.workdir / "predictions" / f"{name}.jsonl"
+        guarded(
+            self.workdir, lambda: replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        )
+        return path
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self.lines is not None:
+            self.lines.close()
+            self.board.close()
+
+
+def check_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
+    """Raises `UserError`, naming the keys that differ, if the workdir was made with another config."""
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        return
+    differing = differences(read_json(path, WORKDIR), json.loads(json.dumps(config)))
+    if differing:
+        raise UserError(
+            f"workdir {workdir} was made with another config: {'; '.join(differing)}; "
+            "use the same config or another workdir"
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Where, when and with what this command runs."""
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return {
+        "command": sys.argv,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.local_devices()],
+        "commit": git.stdout.strip() or None,
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """The leaves at which two nested dicts differ, as 'a.b: old -> new'."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            row
+            for key in sorted(old.keys() | new.keys())
+            for row in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]

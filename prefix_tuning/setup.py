@@ -1,0 +1,253 @@
+"""Config -> everything a run needs: the only place that looks names up, before an accelerator is touched."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import jax
+import optax
+
+from prefix_tuning import data, models
+from prefix_tuning.data import pipeline
+from prefix_tuning.decode import DecodeConfig
+from prefix_tuning.errors import UserError, valid
+from prefix_tuning.methods import METHODS
+from prefix_tuning.metrics import METRICS
+from prefix_tuning.models import loading
+from prefix_tuning.objectives import OBJECTIVES
+from prefix_tuning.optimizer import make_optimizer
+from prefix_tuning.types import Adaptation, Method, Model, Objective, Params, count
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTIONS = ("seed", "model", "dataset", "text", "method", "objective", "optimizer", "train", "evaluation", "decode")
+
+
+class Train(NamedTuple):
+    """The section `train`."""
+
+    batch_size: int  # examples per step (rows, when packing), over all devices and micro-batches
+    epochs: int
+    examples: int | None = None  # pairs drawn from the training split; None takes all
+    accumulate: int = 1  # micro-batches per step
+    packing: bool = False
+    shapes: int = 4  # padded lengths that batches may have
+    prefetch: int = 8  # batches made ahead
+    log_every: int = 10  # steps
+    eval_every: int | None = None  # steps; None evaluates at the end only
+    checkpoint_every: int = 100  # steps
+    keep: int = 2  # checkpoints
+
+
+class Evaluation(NamedTuple):
+    """The section `evaluation`."""
+
+    metrics: tuple[str, ...]
+    batch_size: int = 16
+    split: str = "validation"  # while training
+    final_split: str = "validation"  # at the end, untuned against tuned
+    examples: int | None = None  # records, each with all its references; None takes all
+    samples: int = 3  # shown after each evaluation
+
+
+class Base(NamedTuple):
+    """What training, evaluation and generation share."""
+
+    model: Model
+    folder: Path
+    tokenizer: Any
+    method: Method
+    decode: DecodeConfig
+    prefix_length: int  # positions that the method takes from real tokens
+
+
+class Split(NamedTuple):
+    """Records to decode and score."""
+
+    prompts: list[list[int]]
+    records: datasets.Dataset  # columns source, targets
+    pairs: list[pipeline.Tokens]  # for the loss
+
+
+class Run(NamedTuple):
+    """What training needs beyond `Base`."""
+
+    train: Train
+    evaluation: Evaluation
+    objective: Objective
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    data: pipeline.TrainData
+    split: Split
+    final: Split
+
+
+def make_base(config: dict[str, Any]) -> Base:
+    """Model, tokenizer, method and decoder, without the weights; raises `UserError` for anything that cannot work."""
+    unknown = [key for key in config if key not in SECTIONS]
+    missing = [key for key in SECTIONS if key not in config]
+    if unknown or missing:
+        raise UserError(f"config has unknown sections {unknown} and lacks {missing}; expected {', '.join(SECTIONS)}")
+    valid("model.dtype", config["model"].get("dtype", "float32"), loading.DTYPES)
+    folder = loading.find_folder(resolve(config["model"]["name"]))
+    model = models.build(loading.read_config(folder))
+    tokenizer = loading.load_tokenizer(folder)
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{folder} has no tokenizer with an end token (eos_token); text cannot be read or written without"
+        )
+    method = named("method", METHODS, config["method"], tokenizer)
+    return Base(
+        model=model,
+        folder=folder,
+        tokenizer=tokenizer,
+        method=method,
+        decode=make_decode(config["decode"], tokenizer),
+        prefix_length=prefix_length(abstract_adaptation(method, model)),
+    )
+
+
+def load_weights(base: Base, config: dict[str, Any]) -> Params:
+    """The frozen weights, on the host."""
+    return loading.load_weights(base.folder, base.model, config["model"].get("dtype", "float32"))
+
+
+def make_run(config: dict[str, Any], base: Base) -> Run:
+    """Data, objective and optimizer; raises `UserError` for anything that cannot work, lengths included."""
+    train = call("train", Train, config["train"])
+    evaluation = call("evaluation", Evaluation, config["evaluation"])
+    for name in evaluation.metrics:
+        valid("metric", name, METRICS)
+    pairs = load_split(config, "train")
+    if train.examples is not None:
+        pairs = said(data.subsample, pairs, train.examples, config["seed"])
+    examples = said(call, "text", pipeline.encode, config["text"], pairs, base.tokenizer)
+    check_lengths("train", base, max(len(x.prompt) + len(x.target) for x in examples))
+    options = {"batch_size": train.batch_size, "epochs": train.epochs, "seed": config["seed"], "packing": train.packing}
+    stream = said(pipeline.train_data, examples, **options, shapes=train.shapes, prefetch=train.prefetch)
+    tx, schedule = call("optimizer", make_optimizer, config["optimizer"], stream.total_steps)
+    objective = named("objective", OBJECTIVES, config["objective"])
+    split = make_split(config, base, evaluation.split, evaluation.examples)
+    final = split
+    if evaluation.final_split != evaluation.split:
+        final = make_split(config, base, evaluation.final_split, evaluation.examples)
+    return Run(train, evaluation, objective, tx, schedule, stream, split, final)
+
+
+def make_split(config: dict[str, Any], base: Base, name: str, examples: int | None) -> Split:
+    """A split's records with their references grouped, `examples` of them drawn, always the same ones."""
+    pairs = load_split(config, name)
+    records = data.group_references(pairs)
+    if examples is not None:
+        records = said(data.subsample, records, min(examples, len(records)), 0)
+    kept = set(records["source"])
+    pairs = pairs.select([i for i, source in enumerate(pairs["source"]) if source in kept])
+    prompts = make_prompts(config, base, records, name)
+    return Split(prompts, records, said(call, "text", pipeline.encode, config["text"], pairs, base.tokenizer))
+
+
+def make_prompts(
+    config: dict[str, Any], base: Base, records: datasets.Dataset | list[dict[str, Any]], name: str = "given"
+) -> list[list[int]]:
+    """Token ids to decode from; raises `UserError` if one leaves no room for what may be generated."""
+    if isinstance(records, list):
+        records = datasets.Dataset.from_list([{"source": row["source"]} for row in records])
+    text = config["text"]
+    options = {"prompt": text["prompt"], "max_source": text["max_source"]}
+    prompts = said(pipeline.encode_prompts, records, base.tokenizer, **options)
+    check_lengths(name, base, max(map(len, prompts)) + base.decode.max_new_tokens)
+    return prompts
+
+
+def load_split(config: dict[str, Any], split: str) -> datasets.Dataset:
+    """One split of the data set that the config names."""
+    section = dict(config["dataset"])
+    path = resolve(section.pop("path"))
+    return said(named, "dataset", data.DATASETS, section, path, split)
+
+
+def make_decode(section: dict[str, Any], tokenizer: Any) -> DecodeConfig:
+    """A `DecodeConfig`; its banned tokens are given as texts of one token each, its end token is the tokenizer's."""
+    options = dict(section)
+    banned = []
+    for text in options.pop("banned", ()):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise UserError(f"decode.banned: {text!r} is {len(ids)} tokens; expected texts of one token")
+        banned += ids
+    end = tokenizer.eos_token_id
+    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    options |= {"banned": tuple(banned), "end_tokens": (end,), "pad_token": pad}
+    return call("decode", DecodeConfig, options)
+
+
+def abstract_adaptation(method: Method, model: Model) -> Adaptation:
+    """The shapes of what a method makes, without weights or arithmetic."""
+    return jax.eval_shape(method.bind, loading.abstract(model), abstract_trainable(method, model))[1]
+
+
+def abstract_trainable(method: Method, model: Model) -> Params:
+    """The shapes of what a method trains."""
+    frozen = loading.abstract(model)
+    return jax.eval_shape(lambda key, frozen: method.init(key, model, frozen), jax.random.key(0), frozen)
+
+
+def prefix_length(adaptation: Adaptation) -> int:
+    """How many positions an adaptation takes from the real tokens."""
+    if adaptation.shift is None or not adaptation.decoder.kv:
+        return 0
+    return max(kv.k.shape[-3] for kv in adaptation.decoder.kv.values())
+
+
+def check_lengths(split: str, base: Base, longest: int) -> None:
+    """Raises `UserError` if prefix and text do not fit the model's positions."""
+    limit, length = base.model.max_positions, base.prefix_length
+    if limit is not None and length + longest > limit:
+        raise UserError(
+            f"prefix ({length}) + longest source and target of the {split} split ({longest}) = {length + longest} "
+            f"positions, but the model has {limit}; shorten method.length, text.max_source, text.max_target or "
+            "decode.max_new_tokens"
+        )
+
+
+def parameter_counts(base: Base, trainable: Params) -> dict[str, int]:
+    """How many parameters are trained, stored once trained, and frozen."""
+    stored = abstract_adaptation(base.method, base.model)
+    return {"trained": count(trainable), "stored": count(stored.decoder), "frozen": count(base.model.specs)}
+
+
+def resolve(path: str) -> str:
+    """`path`, or the same below the repository, so that shipped configs run from any folder."""
+    inside = ROOT / path
+    return str(inside) if not Path(path).exists() and inside.exists() else path
+
+
+def named(section: str, registry: dict[str, Callable], options: dict[str, Any], *arguments: Any) -> Any:
+    """Calls the factory that options["name"] stands for in the registry, with the other options."""
+    options = dict(options)
+    factory = registry[valid(f"{section}.name", options.pop("name", None), registry)]
+    return call(section, factory, options, *arguments)
+
+
+def call(section: str, factory: Callable, options: dict[str, Any], *arguments: Any) -> Any:
+    """factory(*arguments, **options), whose signature is the section's schema; raises `UserError` naming valid keys."""
+    parameters = list(inspect.signature(factory).parameters.values())[len(arguments) :]
+    known = [p.name for p in parameters]
+    for key in options:
+        valid(f"key in config section {section}:", key, known)
+    lacking = [p.name for p in parameters if p.default is p.empty and p.name not in options]
+    if lacking:
+        raise UserError(f"config section {section} lacks {', '.join(lacking)}")
+    try:
+        return factory(*arguments, **options)
+    except TypeError as error:  # a text where a number belongs
+        raise UserError(f"config section {section}: {error}") from error
+
+
+def said(function: Callable, *arguments: Any, **options: Any) -> Any:
+    """Calls a function of `data`, whose plain ValueErrors are about what the user gave, and makes them `UserError`s."""
+    try:
+        return function(*arguments, **options)
+    except ValueError as error:
+        raise UserError(str(error)) from error

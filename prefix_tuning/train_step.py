@@ -1,0 +1,67 @@
+"""The train step and the evaluation step: pure functions of arrays; no files, no config, no devices."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from prefix_tuning.types import Batch, Method, Model, Objective, Params, TrainState
+
+Sums = dict[str, Array]
+
+
+def make_train_step(
+    model: Model, method: Method, objective: Objective, tx: optax.GradientTransformation, *, axis: str | None = None
+) -> Callable[[Params, TrainState, Batch], tuple[TrainState, Sums]]:
+    """step(frozen, state, batch) -> (state, sums and norms), differentiating `state.trainable` and nothing else.
+
+    Every leaf of the batch leads with a micro-batch axis, [A B ...]: gradients and counts are summed over it and over
+    the devices of `axis`, and divided once, so neither uneven counts nor accumulation change the result.
+    """
+
+    def loss_fn(trainable, frozen, batch, key):
+        params, adaptation = method.bind(frozen, trainable, key=key)
+        loss, count, metrics = objective(model, params, adaptation, batch)
+        return loss, {"loss": loss, "count": count, **metrics}
+
+    def step(frozen, state, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+
+        def micro(total, inputs):
+            index, batch = inputs
+            fresh = jax.random.fold_in(key, index)
+            grads, sums = jax.grad(loss_fn, has_aux=True)(state.trainable, frozen, batch, fresh)
+            return jax.tree.map(jnp.add, total, (grads, sums)), None
+
+        first = jax.tree.map(lambda x: x[0], batch)
+        shapes = jax.eval_shape(jax.grad(loss_fn, has_aux=True), state.trainable, frozen, first, key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (grads, sums), _ = jax.lax.scan(micro, zeros, (jnp.arange(len(batch.mask)), batch))
+        if axis is not None:
+            grads, sums = jax.lax.psum((grads, sums), axis)
+        grads = jax.tree.map(lambda g: g / sums["count"], grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        norms = {"grad_norm": grads, "update_norm": updates, "param_norm": trainable}
+        sums |= {name: optax.tree.norm(tree) for name, tree in norms.items()}
+        return TrainState(state.step + 1, trainable, opt_state, state.key), sums
+
+    return step
+
+
+def make_eval_step(
+    model: Model, method: Method, objective: Objective, *, axis: str | None = None
+) -> Callable[[Params, Params, Batch], Sums]:
+    """step(frozen, trainable, batch) -> sums over a batch whose leaves are [B ...]; no dropout."""
+
+    def step(frozen, trainable, batch):
+        params, adaptation = method.bind(frozen, trainable, key=None)
+        loss, count, metrics = objective(model, params, adaptation, batch)
+        sums = {"loss": loss, "count": count, **metrics}
+        return sums if axis is None else jax.lax.psum(sums, axis)
+
+    return step

@@ -1,0 +1,184 @@
+#!/usr/bin/env python3
+"""The command line: one subcommand per job; every error is one line, unless it is a bug of ours or --debug is given."""
+
+import importlib.util
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+ROOT = Path(__file__).resolve().parent
+QUICKSTART = ["train", "--config=configs/quickstart.py", "--workdir=runs/quickstart"]
+REQUIRED = object()
+
+
+class Command(NamedTuple):
+    """A subcommand: what it does, its string flags with defaults, and the function that takes their values."""
+
+    purpose: str
+    options: dict[str, Any]
+    run: Callable[..., None]
+
+
+def train(config: dict[str, Any], workdir: str) -> None:
+    """Prints the summary of a run."""
+    from prefix_tuning import progress
+    from prefix_tuning.train import train as run
+
+    print(progress.table(run(config, workdir)))
+
+
+def evaluate(workdir: str, split: str) -> None:
+    """Scores a workdir's newest checkpoint on a split."""
+    from prefix_tuning import api
+
+    print(json.dumps(api.evaluate_workdir(workdir, split), indent=2))
+
+
+def generate(workdir: str, input: str, output: str) -> None:
+    """Adds a prediction to every line of a file."""
+    from prefix_tuning import api
+
+    print(f"{api.generate_file(workdir, input, output)} lines written to {output}")
+
+
+def score(metrics: str, predictions: str, references: str, sources: str | None) -> None:
+    """Scores one file against another."""
+    from prefix_tuning import metrics as library
+    from prefix_tuning.errors import UserError
+    from prefix_tuning.files import read_groups, read_text
+
+    lines = read_text(predictions).splitlines()
+    groups = read_groups(references)
+    given = None if sources is None else read_text(sources).splitlines()
+    try:
+        print(json.dumps(library.score(metrics.split(","), lines, groups, given), indent=2))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def export(workdir: str, format: str, output: str) -> None:
+    """Writes what a workdir has trained for use elsewhere."""
+    from prefix_tuning import api
+
+    api.export_workdir(workdir, format, output)
+    print(f"written to {output}")
+
+
+COMMANDS = {
+    "train": Command(
+        "train, evaluate and export; the same command resumes", {"config": REQUIRED, "workdir": REQUIRED}, train
+    ),
+    "eval": Command("restore, decode, score", {"workdir": REQUIRED, "split": "test"}, evaluate),
+    "generate": Command(
+        "JSON lines with `source` in, with `prediction` out",
+        {"workdir": REQUIRED, "input": REQUIRED, "output": REQUIRED},
+        generate,
+    ),
+    "score": Command(
+        "predictions one a line, references in groups parted by an empty line",
+        {"metrics": REQUIRED, "predictions": REQUIRED, "references": REQUIRED, "sources": None},
+        score,
+    ),
+    "export": Command(
+        "what was trained, as PEFT's folder", {"workdir": REQUIRED, "format": "peft", "output": REQUIRED}, export
+    ),
+}
+
+
+def parse(arguments: list[str]) -> tuple[Command, dict[str, Any], bool]:
+    """The command, the values of its flags, whether to show tracebacks; raises what flags and configs raise."""
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise flags.Error(f"unknown command {name!r}; valid: {', '.join(COMMANDS)}")
+    command, values, config = COMMANDS[name], flags.FlagValues(), None
+    flags.DEFINE_bool("debug", False, "show tracebacks", flag_values=values)
+    for option, default in command.options.items():
+        if option != "config":
+            flags.DEFINE_string(option, None if default is REQUIRED else default, option, flag_values=values)
+            continue
+        files = [argument.partition("=")[2] for argument in rest if argument.lstrip("-").startswith("config=")]
+        rest = [argument for argument in rest if not argument.lstrip("-").startswith("config=")]
+        if files:
+            config = load_config(files[-1])
+            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[name, *rest])
+    extra = values([name, *rest])[1:]
+    if extra:
+        raise flags.Error(f"unexpected argument {extra[0]!r}; options are given as --name=value")
+    given = {option: values[option].value for option in command.options if option != "config"}
+    if "config" in command.options:
+        given["config"] = config and config.to_dict()
+    missing = [f"--{o}" for o, default in command.options.items() if default is REQUIRED and not given[o]]
+    if missing:
+        raise flags.Error(f"{name} needs {' and '.join(missing)}")
+    return command, given, values["debug"].value
+
+
+def load_config(value: str) -> config_dict.ConfigDict:
+    """What get_config(arg) of FILE[:arg] returns; FILE is looked for here, then below this repository."""
+    file, _, arg = value.partition(":")
+    path = next((path for path in (Path(file), ROOT / file) if path.is_file()), None)
+    if path is None:
+        shipped = ", ".join(str(f.relative_to(ROOT)) for f in sorted(ROOT.glob("configs/*.py")) if f.stem != "common")
+        raise flags.Error(f"there is no config file {file}; shipped: {shipped}")
+    spec = importlib.util.spec_from_file_location("config", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config(arg or None)
+    except Exception as error:
+        raise flags.Error(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def usage() -> str:
+    """The commands and their options."""
+    lines = ["python run.py COMMAND --option=value ...   (no command: the quick start)"]
+    for name, command in COMMANDS.items():
+        options = " ".join(f"--{o}" if d is REQUIRED else f"[--{o}]" for o, d in command.options.items())
+        lines.append(f"  {name:9} {options}\n            {command.purpose}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command and returns its exit code."""
+    if any(a in ("-h", "--help", "help") for a in arguments):
+        print(usage())
+        return 0
+    try:
+        command, values, debug = parse(arguments or QUICKSTART)
+    except Exception as error:  # a config is the user's code and may raise anything
+        if "--debug" in arguments:
+            raise
+        return fail(error)
+    try:
+        command.run(**values)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if type(error).__name__ == "Interrupted":
+            return error.args[0]
+        if debug or type(error).__name__ != "UserError":
+            traceback.print_exc()
+            return 1
+        return fail(error)
+    return 0
+
+
+def fail(error: Exception) -> int:
+    """Prints an error as one line."""
+    text = str(error.args[0]) if isinstance(error, KeyError) else str(error)  # a KeyError quotes its message
+    text = " ".join(text.split()) or type(error).__name__
+    print(f"error: {text}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.exit(code)

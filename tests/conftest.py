@@ -1,0 +1,166 @@
+"""What the tests share: eight CPU devices, no network, our own warnings as errors, and tiny models with torch twins.
+
+The sizes are all different, so that a swapped axis cannot pass; where a family ties two of them together, the others
+still differ.
+"""
+
+import functools
+import os
+
+# The second flag: tests compile much and compute little.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import prefix_tuning
+from prefix_tuning.data import pipeline
+from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, Model
+
+B, T, P, L, K, F, V = 8, 7, 5, 3, 2, 11, 13
+FAMILIES = {
+    "gpt2": {
+        "n_embd": 10,
+        "n_head": K,
+        "n_inner": F,
+        "n_layer": L,
+        "n_positions": 32,
+        "vocab_size": V,
+        "bos_token_id": V - 1,
+        "eos_token_id": V - 1,
+    },
+    "llama": {
+        "hidden_size": 16,  # transformers wants a multiple of the 8 heads, and has H=6 beside it
+        "num_attention_heads": 8,
+        "num_key_value_heads": K,
+        "head_dim": 6,
+        "intermediate_size": F,
+        "num_hidden_layers": L,
+        "max_position_embeddings": 64,
+        "vocab_size": V,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},  # so that seven positions turn visibly
+    },
+}
+
+
+def pytest_configure(config):
+    for module in ("prefix_tuning", "configs", "experiments"):
+        config.addinivalue_line("filterwarnings", rf"error:::{module}(\.|$)")
+    config.addinivalue_line("filterwarnings", "error:::run$")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+class Twin(NamedTuple):
+    """A tiny random model: transformers' and, from the folder that it saved, ours."""
+
+    reference: transformers.PreTrainedModel
+    folder: Path
+    model: Model
+    frozen: Any
+
+
+@pytest.fixture(scope="session")
+def twin(tmp_path_factory):
+    """(family, further entries of its config.json) -> Twin, made once."""
+    made = {}
+
+    def make(family, **options):
+        name = f"{family} {options}"
+        if name not in made:
+            reference = random_reference(family, **options)
+            folder = tmp_path_factory.mktemp(family)
+            reference.save_pretrained(folder)
+            made[name] = Twin(reference, folder, *prefix_tuning.load_model(folder)[:2])
+        return made[name]
+
+    return make
+
+
+def random_reference(family, **options):
+    """transformers' model, every weight drawn: fresh ones have biases of 0 and scales of 1, which hide mistakes."""
+    config = transformers.AutoConfig.for_model(family, **FAMILIES[family] | options)
+    reference = transformers.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in reference.named_parameters():
+            scale = "ln_" in name or "norm" in name
+            weight.normal_(float(scale and name.endswith("weight")), 0.3, generator=generator)
+    return reference
+
+
+def random_rows(seed, lengths=(T, 1, 4, 2, T, 3, 5, 6), vocabulary=V):
+    """Rows of token ids."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocabulary, n).tolist() for n in lengths]
+
+
+def random_prefix(model, seed, *, length=P, rows=None, shift=True):
+    """An adaptation with a prefix [L P K H], or [L B P K H] with a number of rows."""
+    sites = model.sites["decoder"]
+    heads, size = sites.kv["self"]
+    shape = (sites.layers, *(() if rows is None else (rows,)), length, heads, size)
+    k, v = np.random.default_rng(seed).normal(size=(2, *shape)).astype(np.float32)
+    return Adaptation(LayerHooks(kv={"self": KV(k, v)}), np.int32(length) if shift else None)
+
+
+def packed(rows, length, targets):
+    """A batch whose rows hold the given lists of (prompt, target), as training lays them out."""
+    return Batch(**pipeline.collate([[pipeline.Tokens(*pair) for pair in row] for row in rows], length, targets))
+
+
+def one_a_row(examples, length=None, targets=None):
+    """A batch with one (prompt, target) a row, as long as the longest or as told."""
+    length = length or max(len(prompt) + len(target) - 1 for prompt, target in examples)
+    return packed([[pair] for pair in examples], length, targets or max(len(target) for _, target in examples))
+
+
+@functools.lru_cache
+def forward(model_hidden, model_unembed):
+    return jax.jit(lambda *arguments: model_unembed(arguments[0], model_hidden(*arguments)))
+
+
+def batch_logits(model, frozen, adaptation, batch):
+    """Logits [B T V] of a batch."""
+    return np.asarray(forward(model.hidden, model.unembed)(frozen, adaptation, batch))
+
+
+def reference_logits(reference, rows, adaptation=None, *, left=False):
+    """transformers' logits [T V] of each row, padded on one side, with the prefix given as past keys and values."""
+    longest = max(map(len, rows))
+
+    def padded(row, fill):
+        rest = [fill] * (longest - len(row))
+        return [*rest, *row] if left else [*row, *rest]
+
+    tokens = torch.tensor([padded(row, 1) for row in rows])
+    mask = torch.tensor([padded([1] * len(row), 0) for row in rows])
+    positions, past, seen = (mask.cumsum(1) - 1).clamp(min=0), None, mask
+    if adaptation is not None:
+        kv, past = adaptation.decoder.kv["self"], transformers.DynamicCache()
+        for index, layer in enumerate(zip(kv.k, kv.v, strict=True)):
+            k, v = (torch.tensor(np.asarray(x)).transpose(-3, -2) for x in layer)  # [K P H] or [B K P H]
+            past.update(*(x.expand(len(rows), *x.shape[-3:]).clone() for x in (k, v)), index)
+        seen = torch.cat([torch.ones(len(rows), k.shape[-2], dtype=mask.dtype), mask], 1)
+        positions = positions + (0 if adaptation.shift is None else int(adaptation.shift))
+    with torch.no_grad():
+        out = reference(tokens, attention_mask=seen, position_ids=positions, past_key_values=past).logits
+    return [logits[real].numpy() for logits, real in zip(out, mask.bool(), strict=True)]
+
+
+def close(ours, theirs, tolerance=1e-4):
+    """Asserts that two lists of arrays agree to an absolute tolerance, and that there is something to compare."""
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance)
+        assert np.asarray(one).std() > 100 * tolerance

@@ -1,0 +1,339 @@
+"""The command line and the loop, on a tiny model and data set that the tests write."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+import prefix_tuning
+import run
+from prefix_tuning import models, progress
+from prefix_tuning import train as loop
+from prefix_tuning.errors import UserError
+from prefix_tuning.files import read_lines
+from prefix_tuning.models import loading
+
+ROOT = Path(run.__file__).parent
+CONFIG = """
+from configs import common
+
+
+def get_config(arg=None):
+    settings = common.parse(arg)
+    return common.section(
+        seed=3,
+        model=common.section(name="{folder}/model", dtype="float32"),
+        dataset=common.section(name="text", path="{folder}/data"),
+        text=common.section(prompt="{{source}}>", completion="{{target}}", max_source=None, max_target=None),
+        method=common.method(
+            settings["method"], prefix={{"length": 3, "init": "random", "text": None, "dropout": 0.2}}
+        ),
+        objective=common.section(name="lm", normalisation="token"),
+        optimizer=common.section(name="adamw", learning_rate=0.05, schedule="linear", warmup_steps=2, clip=1.0),
+        train=common.section(batch_size=8, epochs=3, examples=None, accumulate=1, packing=False, shapes=2, prefetch=2,
+                             log_every=2, eval_every=4, checkpoint_every=3, keep=2),
+        evaluation=common.section(metrics=("exact_match", "bleu"), batch_size=8, split="validation", final_split="test",
+                                  examples=None, samples=1),
+        decode=common.section(max_new_tokens=6, num_beams=1),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder, a data folder and a config file."""
+    folder = tmp_path_factory.mktemp("run")
+    alphabet = {chr(c): c - 96 for c in range(97, 123)} | {"<eos>": 0, " ": 27, ">": 28}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(alphabet, unk_token=" "))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    tokenizer.save_pretrained(folder / "model")
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 24,
+        "intermediate_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 29,
+        "max_position_embeddings": 48,
+        "eos_token_id": 0,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": True,
+    }
+    model = models.build(config)
+    loading.save_pretrained(folder / "model", model, loading.initialise(jax.random.key(1), model))
+    rng = np.random.default_rng(0)
+    (folder / "data").mkdir()
+    for split, size in (("train", 30), ("validation", 9), ("test", 10)):
+        rows = []
+        for _ in range(size):
+            word = "".join(chr(97 + i) for i in rng.integers(0, 26, rng.integers(3, 9)))
+            rows.append(json.dumps({"source": word, "target": word[:2]}))
+        (folder / "data" / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "config.py").write_text(CONFIG.format(folder=folder))
+    return folder
+
+
+def settings(folder, **overrides):
+    """The config as the command line would read it, with dotted overrides."""
+    config = run.load_config(str(folder / "config.py"))
+    for key, value in overrides.items():
+        config.update_from_flattened_dict({key.replace("__", "."): value})
+    return config.to_dict()
+
+
+def untimed(workdir):
+    """metrics.jsonl less what a clock writes."""
+    lines = read_lines(Path(workdir) / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.endswith("_per_second")} for line in lines]
+
+
+def results(workdir):
+    """What must not depend on interruptions: metrics, predictions, and the adapter's bytes."""
+    workdir = Path(workdir)
+    predictions = {p.name: p.read_text() for p in sorted((workdir / "predictions").iterdir())}
+    return untimed(workdir), predictions, (workdir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """An uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    summary = loop.train(settings(folder), workdir)
+    return workdir, summary
+
+
+def test_a_run_leaves_what_the_contract_names(finished):
+    workdir, summary = finished
+    for name in ("config.json", "environment.json", "metrics.jsonl", "predictions", "checkpoints", "adapter"):
+        assert (workdir / name).exists(), name
+    lines = read_lines(workdir / "metrics.jsonl")
+    assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines if "eval/exact_match" in line] == [4, 8]
+    assert [line["step"] for line in lines if "test/exact_match" in line] == [12]
+    assert lines[0]["train/learning_rate"] == pytest.approx(0.05 / 2)
+    assert summary["parameters"] == {
+        "trained": 3 * 2 * 2 * 16,
+        "stored": 192,
+        "frozen": summary["parameters"]["frozen"],
+    }
+    assert len(read_lines(workdir / "predictions" / "test_12.jsonl")) == summary["records"] == 10
+    assert json.loads((workdir / "eval_test.json").read_text())["exact_match"] == summary["tuned"]["exact_match"]
+    assert list((workdir / "tensorboard").iterdir())
+    assert summary["tuned"]["loss"] > 0
+    shown = progress.table(summary)
+    assert "untuned" in shown
+    assert str(workdir / "adapter") in shown
+
+
+def test_training_lowers_the_loss(finished):
+    losses = [line["train/loss"] for line in read_lines(finished[0] / "metrics.jsonl") if "train/loss" in line]
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_the_published_adapter_gives_the_recorded_predictions(folder, finished):
+    workdir, _ = finished
+    model, frozen, tokenizer = prefix_tuning.load_model(str(folder / "model"))
+    adaptation = prefix_tuning.load_adapter(str(workdir / "adapter"), model, frozen)
+    rows = read_lines(workdir / "predictions" / "test_12.jsonl")
+    prompts = [tokenizer(row["source"] + ">")["input_ids"] for row in rows]
+    new = prefix_tuning.generate(model, frozen, adaptation, prompts, max_new_tokens=6)
+    assert [tokenizer.decode(ids).strip() for ids in new] == [row["prediction"] for row in rows]
+
+
+def test_the_same_command_again_shows_the_result(folder, finished):
+    workdir, summary = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    assert loop.train(settings(folder), workdir) == summary
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_stopped_and_resumed_equals_uninterrupted(folder, finished, tmp_path, monkeypatch, step):
+    read = loop.Meter.read
+
+    def stopping(self, pending):
+        read(self, pending)
+        if pending is not None and pending[0] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Meter, "read", stopping)
+    with pytest.raises(loop.Interrupted) as stopped:
+        loop.train(settings(folder), tmp_path / "w")
+    assert stopped.value.args[0] == 128 + signal.SIGTERM
+    assert not (tmp_path / "w" / "summary.json").exists()
+    monkeypatch.setattr(loop.Meter, "read", read)
+    loop.train(settings(folder), tmp_path / "w")
+    assert results(tmp_path / "w") == results(finished[0])
+
+
+def test_a_crash_between_checkpoints_loses_nothing(folder, finished, tmp_path, monkeypatch):
+    read = loop.Meter.read
+
+    def crashing(self, pending):
+        read(self, pending)
+        if pending is not None and pending[0] == 8:  # the newest checkpoint is that of step 6
+            raise MemoryError
+
+    monkeypatch.setattr(loop.Meter, "read", crashing)
+    with pytest.raises(MemoryError):
+        loop.train(settings(folder), tmp_path / "w")
+    monkeypatch.setattr(loop.Meter, "read", read)
+    loop.train(settings(folder), tmp_path / "w")
+    assert results(tmp_path / "w") == results(finished[0])
+
+
+def test_kill_9_and_the_same_command_again(folder, finished, tmp_path):
+    command = [sys.executable, str(ROOT / "run.py"), "train", f"--config={folder}/config.py", f"--workdir={tmp_path}/w"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "w" / "checkpoints" / "3").exists():  # orbax renames a checkpoint when it is whole
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "tuned" in done.stdout
+    assert results(tmp_path / "w") == results(finished[0])
+
+
+def test_a_workdir_of_another_config_is_refused(folder, finished):
+    before = (finished[0] / "config.json").read_text()
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate: 0\.05 -> 0\.5"):
+        loop.train(settings(folder, optimizer__learning_rate=0.5), finished[0])
+    assert (finished[0] / "config.json").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
+    with pytest.raises(UserError, match=r"step \d+: not finite.*optimizer\.learning_rate"):
+        loop.train(settings(folder, optimizer__learning_rate=1e38, optimizer__clip=1e30), tmp_path / "w")
+    kept = [int(p.name) for p in (tmp_path / "w" / "checkpoints").iterdir() if p.name.isdigit()]
+    failed = len(read_lines(tmp_path / "w" / "metrics.jsonl"))
+    assert all(step <= 2 * failed + 2 for step in kept)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"method__length": 0}, "method.length must be at least 1, got 0"),
+        ({"method__length": 40}, r"prefix \(40\) \+ longest source and target .* but the model has 48"),
+        ({"decode__max_new_tokens": 45}, "but the model has 48"),
+        ({"text__prompt": "{sauce}"}, "unknown field 'sauce'; valid: source, target"),
+        ({"train__batch_size": 12}, "12 rows cannot be split over 1 micro-batches and 8 devices"),
+        ({"train__examples": 31}, "cannot draw 31 rows of 30"),
+        ({"evaluation__metrics": ("blue",)}, "unknown metric 'blue'; valid: .*bleu"),
+        ({"model__name": "/nowhere"}, "'/nowhere' is no folder"),
+        ({"dataset__path": "/nowhere"}, "/nowhere"),
+        ({"optimizer__warmup_steps": 12}, "warmup_steps=12 .* below the 12 steps"),
+        ({"objective__normalisation": "word"}, "unknown normalisation 'word'; valid: sequence, token"),
+        ({"decode__num_beams": 0}, "num_beams"),
+        ({"model__dtype": "float8"}, "unknown model.dtype 'float8'; valid: bfloat16"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(folder, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message) as refused:
+        loop.train(settings(folder, **overrides), tmp_path / "w")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_key_that_no_factory_knows_is_refused(folder, tmp_path):
+    config = settings(folder)
+    config["method"]["lenght"] = 3
+    with pytest.raises(UserError, match=r"config section method: 'lenght'; valid: .*length"):
+        loop.train(config, tmp_path / "w")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "unknown command 'trian'; valid: train, eval, generate, score, export"),
+        (["train"], "train needs --config and --workdir"),
+        (["train", "--config=nope.py", "--workdir=w"], "there is no config file nope.py; shipped: configs/"),
+        (["train", "--config={config}:qick", "--workdir=w"], "unknown config argument 'qick'; valid: method, quick"),
+        (["train", "--config={config}:method=prefx", "--workdir=w"], "unknown method 'prefx'; valid: prefix"),
+        (["train", "--config={config}", "--config.method.lenght=3", "--workdir=w"], 'Did you mean "length"'),
+        (["train", "--config={config}", "--config.method.length=1.5", "--workdir=w"], "1.5"),
+        (["train", "--config={config}", "--workdir=w", "--nope=1"], "nope"),
+        (["eval", "--workdir={folder}/none"], "none has no config.json; expected a workdir made by"),
+        (["generate", "--workdir=w", "--input={folder}/none", "--output=o"], "cannot read"),
+        (["score", "--metrics=bleu", "--predictions=none", "--references=none"], "cannot read none"),
+    ],
+)
+def test_errors_are_one_line_and_a_code(folder, capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    filled = [a.format(config=folder / "config.py", folder=folder) for a in arguments]
+    assert run.main(filled) == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_eval_generate_and_export_restore_the_run(folder, finished, tmp_path, capsys):
+    workdir, summary = finished
+    assert run.main(["eval", f"--workdir={workdir}", "--split=test"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["step"] == 12
+    assert scores["exact_match"] == summary["tuned"]["exact_match"]
+    assert scores == json.loads((workdir / "eval_test.json").read_text())
+
+    rows = read_lines(workdir / "predictions" / "test_12.jsonl")[::-1]
+    given = [{"id": i, "source": row["source"]} for i, row in enumerate(rows)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, given)))
+    files = [f"--input={tmp_path}/in.jsonl", f"--output={tmp_path}/out.jsonl"]
+    assert run.main(["generate", f"--workdir={workdir}", *files]) == 0
+    want = [row | {"prediction": rows[i]["prediction"]} for i, row in enumerate(given)]
+    assert read_lines(tmp_path / "out.jsonl") == want
+
+    assert run.main(["export", f"--workdir={workdir}", "--format=peft", f"--output={tmp_path}/peft"]) == 0
+    exported = (tmp_path / "peft" / "adapter_model.safetensors").read_bytes()
+    assert exported == (workdir / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert run.main(["export", f"--workdir={workdir}", "--format=onnx", f"--output={tmp_path}/onnx"]) == 1
+    assert "unknown format 'onnx'; valid: peft" in capsys.readouterr().err
+
+
+def test_score_scores_any_two_files(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a b c d e\nf g\n")
+    (tmp_path / "r.txt").write_text("x\na b c d e\n\nf h\n")
+    arguments = ["--metrics=exact_match,rouge", f"--predictions={tmp_path}/p.txt", f"--references={tmp_path}/r.txt"]
+    assert run.main(["score", *arguments]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["exact_match"] == 50.0
+    assert scores["rouge1"] == pytest.approx(75.0)
+
+
+def test_generate_refuses_an_empty_or_broken_file(finished, tmp_path, capsys):
+    for text, message in (("", "is empty"), ("{}\n", ":1 has no text under 'source'"), ("[\n", ":1 is not JSON")):
+        (tmp_path / "in.jsonl").write_text(text)
+        files = [f"--input={tmp_path}/in.jsonl", f"--output={tmp_path}/out.jsonl"]
+        assert run.main(["generate", f"--workdir={finished[0]}", *files]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    with pytest.raises(UserError, match=r"cannot write a checkpoint to .*No space left on device"):
+        loop.train(settings(folder), tmp_path / "w")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to workdir"):
+        loop.train(settings(folder), tmp_path / "file" / "w")
