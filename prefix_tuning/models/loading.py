@@ -43,8 +43,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The contents of config.json; raises `UserError` if it is missing, malformed or asks for remote code."""
     config = read_json(folder / "config.json", "a folder in Hugging Face layout")
     if "auto_map" in config:
+        supported = ", ".join(models.MODELS)
         raise UserError(
-            f"{folder / 'config.json'} asks for remote code (auto_map), which is refused; supported: {', '.join(models.MODELS)}"
+            f"{folder}/config.json asks for remote code (auto_map), which is refused; supported: {supported}"
         )
     return config
 
