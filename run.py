@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,6 +147,7 @@ def usage() -> str:
 
 def main(arguments: list[str]) -> int:
     """Runs one command and returns its exit code."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if any(a in ("-h", "--help", "help") for a in arguments):
         print(usage())
         return 0

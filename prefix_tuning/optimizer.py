@@ -26,7 +26,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip: float | None = 1.0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer and its learning rate per step, which "linear" and "cosine" end at 0; clip is a global norm or None.
+    """The optimizer and its learning rate per step, which "linear" and "cosine" end at 0; clip is a norm or None.
 
     Defaults are the released prefix-tuning code's: AdamW (0.9, 0.999, 1e-8) without decay, linear to 0, clipping at 1.
     """

@@ -183,11 +183,11 @@ def test_damaged_newest_is_replaced_by_the_one_before(saved, tmp_path, damage):
 
 def test_contents_that_differ_from_their_checksum_are_damage(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "swapped")
-    (folder / "7" / "state").rename(folder / "spare")
-    (folder / "3" / "state").rename(folder / "7" / "state")  # well-formed, but another step's
-    (folder / "spare").rename(folder / "3" / "state")
+    (folder / "7" / "trainable").rename(folder / "spare")
+    (folder / "3" / "trainable").rename(folder / "7" / "trainable")  # well-formed, but another step's
+    (folder / "spare").rename(folder / "3" / "trainable")
     with (
-        pytest.warns(UserWarning, match="its contents do not match its checksum"),
+        pytest.warns(UserWarning, match="the contents of trainable do not match their checksum"),
         pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(steps \[7, 3\]\)"),
     ):
         restore(folder)

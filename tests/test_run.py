@@ -240,7 +240,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
         ({"model__name": "/nowhere"}, "'/nowhere' is no folder"),
         ({"dataset__path": "/nowhere"}, "/nowhere"),
         ({"optimizer__warmup_steps": 12}, "warmup_steps=12 .* below the 12 steps"),
-        ({"objective__normalisation": "word"}, "unknown normalisation 'word'; valid: sequence, token"),
+        ({"objective__normalisation": "word"}, "unknown objective.normalisation 'word'; valid: sequence, token"),
         ({"decode__num_beams": 0}, "num_beams"),
         ({"model__dtype": "float8"}, "unknown model.dtype 'float8'; valid: bfloat16"),
     ],
