@@ -4,7 +4,7 @@
         --config.model.name=FOLDER --config.dataset.path=FOLDER
 
 `model.name` may be the hub's name or a folder, `dataset.path` tuetschek/e2e_nlg or a folder with src1_train.txt and
-src1_valid.txt.  HARDWARE_AND_NUMBERS
+src1_valid.txt.  On two x86-64 cores: 6.4 minutes of training, 60.7 BLEU (experiments/results/beside_peft.md).
 """
 
 from configs import common

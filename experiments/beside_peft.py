@@ -1,6 +1,6 @@
 """Ours beside PEFT: the same frozen model, pairs, length, batch size and epochs, step by step in one process.
 
-    python experiments/beside_peft.py --config=configs/e2e_smollm2.py --output=results.json \\
+    python -m experiments.beside_peft --config=configs/e2e_smollm2.py --output=results.json \\
         --config.model.name=FOLDER --config.dataset.path=FOLDER
 
 Every step of PEFT (torch, a shuffled batch padded to its longest row) is followed by one of ours, so that both meet the
@@ -13,8 +13,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import numpy as np

@@ -1,6 +1,6 @@
 """Writes the results under experiments/results/ into the README, between the markers that carry their names.
 
-    python experiments/readme.py
+    python -m experiments.readme
 
 Each NAME.md there is the output of the command on its first line.
 """
