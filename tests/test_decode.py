@@ -21,7 +21,7 @@ from prefix_tuning.types import KV, Adaptation, Batch, Cache, LayerHooks, Model
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # its threads spin while they wait, which on a busy machine takes ten times as long
-MODELS = Path(os.environ.get("PREFIX_TUNING_MODELS", Path(__file__).parents[2] / "dev/models"))
+MODELS = Path(os.environ.get("PREFIX_TUNING_MODELS", Path(__file__).parents[2] / "models"))
 B, T, P, N, L = 8, 7, 5, 12, 3
 PAD, END = 0, 3
 SEEDS = (0, 1, 2)

@@ -40,6 +40,10 @@ EVERY = pytest.mark.parametrize(
 BOTH = pytest.mark.parametrize("family", ["gpt2", "llama"])
 
 
+def test_no_method_is_left_out():
+    assert set(VARIANTS) == set(METHODS)
+
+
 def tokenizer(text, add_special_tokens):
     """Token 0 for a, 1 for b, ..."""
     assert not add_special_tokens

@@ -33,7 +33,7 @@ from prefix_tuning.errors import UserError
 from prefix_tuning.models import loading
 from prefix_tuning.types import Adaptation, count
 
-MODELS = Path(os.environ.get("PREFIX_TUNING_MODELS", Path(__file__).parents[2] / "dev/models"))
+MODELS = Path(os.environ.get("PREFIX_TUNING_MODELS", Path(__file__).parents[2] / "models"))
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}
 LLAMA3 = {
     "rope_type": "llama3",
