@@ -147,7 +147,6 @@ def usage() -> str:
 
 def main(arguments: list[str]) -> int:
     """Runs one command and returns its exit code."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if any(a in ("-h", "--help", "help") for a in arguments):
         print(usage())
         return 0
@@ -181,6 +180,7 @@ def fail(error: Exception) -> int:
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.exit(code)

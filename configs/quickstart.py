@@ -10,7 +10,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    """`quick` takes a few steps and decodes 16 records, for tests; `method` as in every config."""
+    """`quick` takes 100 steps and decodes 16 records, for tests; `method` as in every config."""
     settings = common.parse(arg)
     quick = settings["quick"]
     return common.section(
@@ -25,7 +25,7 @@ def get_config(arg=None):
         ),
         train=common.section(
             batch_size=16,
-            epochs=1 if quick else 10,
+            epochs=4 if quick else 10,
             examples=None,
             accumulate=1,
             packing=False,
