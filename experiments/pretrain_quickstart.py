@@ -2,7 +2,7 @@
 
     python -m experiments.pretrain_quickstart --output=configs/quickstart_assets
 
-Took 8.7 minutes on two x86-64 cores.  The same seed and steps give the same model on one machine.
+Took 8.7 minutes on two x86-64 cores.  Text, order and fresh weights are functions of the seed.
 """
 
 import argparse
