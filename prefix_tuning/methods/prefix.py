@@ -50,23 +50,39 @@ def make(
     reparametrisation: int | None = None,
     init: str = "random",
     text: str | None = None,
-    scale: float = 1.0,
-    fit_steps: int = 500,
-    fit_learning_rate: float = 1e-4,
+    scale: float | None = None,
+    fit_steps: int | None = None,
+    fit_learning_rate: float | None = None,
     dropout: float = 0.0,
     shift: bool = True,
 ) -> Method:
     """A `Method` that trains a prefix of `length` slots; length=None takes as many as `text` has tokens.
 
     `reparametrisation` is the MLP's width M, None for free keys and values.  `init` is "random" (normal with deviation
-    `scale`; with the MLP its own fresh weights), "vocabulary" (the keys and values that the frozen model computes for
-    random tokens) or "text" (for the first P tokens of `text`, repeated as often as needed); the MLP is fitted to them
-    by `fit_steps` of Adam (the low-data recipe, section 7.4 and the released code).  `dropout` is a probability on
-    keys and values.  `shift` counts the prefix into the positions of real tokens.  Raises `UserError`.
+    `scale`, 1 unless given; with the MLP its own fresh weights), "vocabulary" (the keys and values that the frozen
+    model computes for random tokens) or "text" (for the first P tokens of `text`, repeated as often as needed); the MLP
+    is fitted to them by `fit_steps` of Adam at `fit_learning_rate`, 500 and 1e-4 unless given, as in the released
+    code's low-data recipe.  `dropout` is a probability on keys and values.  `shift` counts the prefix into the
+    positions of real tokens.  Raises `UserError`, also for an option that would do nothing.
     """
     valid("init", init, INITS)
     if (text is not None) != (init == "text"):
         raise UserError(f"method.text goes with method.init='text' and nothing else; got init={init!r}, text={text!r}")
+    if scale is not None and (init != "random" or reparametrisation is not None):
+        raise UserError("method.scale goes with method.init='random' and method.reparametrisation=None; drop it")
+    if (fit_steps, fit_learning_rate) != (None, None) and (init == "random" or reparametrisation is None):
+        raise UserError(
+            "method.fit_steps and method.fit_learning_rate go with method.reparametrisation and an init of 'text' or "
+            "'vocabulary'; drop them"
+        )
+    scale = 1.0 if scale is None else scale
+    fit_steps = 500 if fit_steps is None else fit_steps
+    fit_learning_rate = 1e-4 if fit_learning_rate is None else fit_learning_rate
+    if scale <= 0 or fit_steps < 0 or fit_learning_rate <= 0:
+        raise UserError(
+            "method needs scale > 0, fit_steps >= 0 and fit_learning_rate > 0; "
+            f"got {scale}, {fit_steps}, {fit_learning_rate}"
+        )
     if not 0.0 <= dropout < 1.0:
         raise UserError(f"method.dropout must be in [0, 1), got {dropout}")
     ids = words(tokenizer, text) if text is not None else None
