@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from prefix_tuning import nn
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.types import Adaptation, Cache, Model, Params
+from prefix_tuning.types import KV, Adaptation, Cache, Model, Params
 
 NORMALISERS = ("generated", "full")
 
@@ -251,9 +252,7 @@ def prefill(
     model: Model, config: DecodeConfig, params: Params, adaptation: Adaptation, tokens: Array, lengths: Array
 ) -> tuple[Array, Cache]:
     """Reads the prompts [B T] once; raises `UserError` if they leave too few positions for the new tokens."""
-    # Only a shift makes a prefix take positions; its value is data, so its length stands for it.
-    prefixes = [] if adaptation.shift is None else jax.tree.leaves(adaptation.decoder.kv)
-    prefix = max((x.shape[-3] for x in prefixes), default=0)
+    prefix = nn.taken(adaptation)
     length, new = tokens.shape[1], config.max_new_tokens
     if model.max_positions is not None and prefix + length + new > model.max_positions:
         raise UserError(
@@ -292,14 +291,25 @@ def repeat_cache(cache: Cache, beams: int) -> Cache:
         v=jnp.repeat(cache.v, beams, axis=1),
         valid=jnp.repeat(cache.valid, beams, axis=0),
         position=jnp.repeat(cache.position, beams, axis=0),
+        prompt=None if cache.prompt is None else repeat_kv(cache.prompt, beams),
     )
 
 
 def repeat_own(adaptation: Adaptation, beams: int) -> Adaptation:
     """The adaptation for B*W rows: what is shared stays one copy, what each row has for itself is repeated."""
-    kv = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=1) if x.ndim == 5 else x, adaptation.decoder.kv)
+    own = jax.tree.map(lambda kv: repeat_kv(kv, beams), adaptation.decoder.kv, is_leaf=lambda x: isinstance(x, KV))
     shift = jax.tree.map(lambda x: jnp.repeat(x, beams) if x.ndim == 1 else x, adaptation.shift)
-    return adaptation.replace(decoder=adaptation.decoder.replace(kv=kv), shift=shift)
+    # The prompt has become keys and values in the cache, and only a number of positions is still asked of it.
+    prompt = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0) if x.ndim == 3 else x, adaptation.prompt)
+    return adaptation.replace(decoder=adaptation.decoder.replace(kv=own), shift=shift, prompt=prompt)
+
+
+def repeat_kv(kv: KV, beams: int) -> KV:
+    """Keys and values of B rows for B*W rows; shared ones stay one copy."""
+    mask = kv.mask
+    if kv.k.ndim == 5:
+        kv = kv.replace(k=jnp.repeat(kv.k, beams, axis=1), v=jnp.repeat(kv.v, beams, axis=1))
+    return kv if mask is None or mask.ndim == 2 else kv.replace(mask=jnp.repeat(mask, beams, axis=1))
 
 
 def reorder(cache: Cache, parents: Array, prompt: int) -> Cache:

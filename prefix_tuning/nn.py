@@ -1,6 +1,8 @@
 """The functions every family is made of; the only place that knows what an `Adaptation` does inside a layer."""
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.types import KV, Adaptation, Sites
+from prefix_tuning.types import KV, Adaptation, LayerHooks, Params, Sites
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -17,6 +19,8 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+
+FEATURES = {"elu": jax.nn.elu, "gelu": ACTIVATIONS["gelu"]}  # of queries, for `Memory`
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
@@ -34,10 +38,56 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     return scale * y.astype(x.dtype)
 
 
-def project(x: Array, kernel: Array, bias: Array | None = None, axes: int = 1) -> Array:
-    """Contracts the last `axes` axes of x [... in] with the first of kernel [in out...]."""
-    y = jnp.tensordot(x, kernel, axes)
-    return y if bias is None else y + bias
+def project(x: Array, weights: Params, hooks: LayerHooks, site: str, axes: int = 1) -> Array:
+    """Contracts the last `axes` axes of x [B T in...] with the first of the kernel's, [in... out...], as hooked."""
+    y = jnp.tensordot(x, weights["kernel"], axes)
+    if "bias" in weights:
+        y = y + weights["bias"]
+    return change(y, x, hooks, site, axes)
+
+
+def change(y: Array, x: Array, hooks: LayerHooks, site: str, axes: int = 1) -> Array:
+    """A projection's output y [B T out...] with what hooks at site make of its input x [B T in...]."""
+    delta, bias = (hooks.delta or {}).get(site), (hooks.bias or {}).get(site)
+    if delta is not None:
+        if delta.keys is not None:
+            keep = jax.random.bernoulli(delta.keys, 1 - delta.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - delta.dropout), 0).astype(x.dtype)
+        low = jnp.tensordot(x, delta.a.astype(x.dtype), axes)
+        y = y + gated(delta.scale * jnp.tensordot(low, delta.b.astype(x.dtype), 1), hooks, "delta")
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+def adapt(y: Array, read: Array, hooks: LayerHooks, site: str) -> Array:
+    """A sublayer's output y [B T D] with its bottleneck adapter; a parallel one reads what the sublayer reads."""
+    adapter = (hooks.adapter or {}).get(site)
+    if adapter is None:
+        return y
+    x = read if adapter.parallel else y
+    if adapter.norm is not None:
+        x = layer_norm(x, **adapter.norm, epsilon=1e-5)
+    low = x @ adapter.down.astype(x.dtype) + adapter.down_bias.astype(x.dtype)
+    up = ACTIVATIONS[adapter.activation](low) @ adapter.up.astype(x.dtype) + adapter.up_bias.astype(x.dtype)
+    return y + gated(adapter.scale * up, hooks, "adapter")
+
+
+def open_gates(hooks: LayerHooks, x: Array) -> LayerHooks:
+    """The hooks of one layer with the value [B T] of each gate, from that layer's input x [B T D]."""
+    if hooks.gate is None:
+        return hooks
+    values = {kind: jax.nn.sigmoid(x.astype(jnp.float32) @ gate.w + gate.b) for kind, gate in hooks.gate.items()}
+    kv = hooks.kv
+    if "kv" in values:
+        kv = {site: own.replace(share=values["kv"]) for site, own in kv.items()}
+    return hooks.replace(gate=values, kv=kv)
+
+
+def gated(change: Array, hooks: LayerHooks, kind: str) -> Array:
+    """change [B T ...], times the gate of this kind if there is one."""
+    value = (hooks.gate or {}).get(kind)
+    return (
+        change if value is None else change * value.reshape(*value.shape, *[1] * (change.ndim - 2)).astype(change.dtype)
+    )
 
 
 def rotary_frequencies(config: dict[str, Any], head_size: int) -> Array:
@@ -75,27 +125,108 @@ def causal_mask(segments: Array) -> Array:
     return (segments[:, :, None] == segments[:, None, :]) & (t[:, None] >= t[None, :])
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array, prefix: KV | None = None) -> Array:
-    """Attention of q [B T K G H] over k, v [B S K H] where mask [B T S] allows, and over the whole prefix.
+def attend(q: Array, k: Array, v: Array, mask: Array, prefixes: Sequence[KV] = (), share: Array | None = None) -> Array:
+    """Attention of q [B T K G H] over k, v [B S K H] where mask [B T S] allows, and over every slot of the prefixes.
 
-    A shared prefix [P K H] is never repeated over the batch: its scores and the real ones are two arrays under one
-    softmax (He et al. 2021, eq. 5 is the same identity).  The softmax is float32; the result [B T K G H] has q's dtype.
+    A shared prefix [P K H] is never repeated over the batch: its scores and the real ones are arrays of their own under
+    one softmax (He et al. 2021, eq. 5 is the same identity).  One with a `gate` has its own softmax and is added
+    (Zhang et al. 2023, eq. 5-8); a `share` scales keys and values (UniPELT, Mao et al. 2022).  The softmax is float32;
+    the result [B T K G H] has q's dtype.
     """
     q = q * q.shape[-1] ** -0.5
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
-    if prefix is None:
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("bkgts,bskh->btkgh", weights, v)
+    beside = [slot_scores(q, prefix) for prefix in prefixes if prefix.gate is None]
+    weights = shared_softmax([scores, *beside])
+    out = jnp.einsum("bkgts,bskh->btkgh", weights[0].astype(v.dtype), v)
+    for prefix, weight in zip((p for p in prefixes if p.gate is None), weights[1:], strict=True):
+        out = out + slot_values(weight, prefix, v.dtype)
+    for prefix in prefixes:
+        if prefix.gate is not None:
+            (weight,) = shared_softmax([slot_scores(q, prefix)])
+            out = out + prefix.gate[..., None].astype(v.dtype) * slot_values(weight, prefix, v.dtype)
+    return out
+
+
+def slot_scores(q: Array, prefix: KV) -> Array:
+    """float32 scores [B K G T P] of scaled queries q [B T K G H]; -inf at slots that do not exist."""
     slots = "bpkh" if prefix.k.ndim == 4 else "pkh"
-    prefix_k, prefix_v = prefix.k.astype(k.dtype), prefix.v.astype(v.dtype)
-    prefix_scores = jnp.einsum(f"btkgh,{slots}->bkgtp", q, prefix_k, preferred_element_type=jnp.float32)
-    top = jnp.maximum(scores.max(-1, keepdims=True), prefix_scores.max(-1, keepdims=True))
+    scores = jnp.einsum(f"btkgh,{slots}->bkgtp", q, prefix.k.astype(q.dtype), preferred_element_type=jnp.float32)
+    if prefix.share is not None:
+        scores = scores * prefix.share[:, None, None, :, None]
+    if prefix.mask is None:
+        return scores
+    mask = prefix.mask if prefix.mask.ndim == 1 else prefix.mask[:, None, None, None]
+    return jnp.where(mask, scores, -jnp.inf)
+
+
+def slot_values(weights: Array, prefix: KV, dtype: jnp.dtype) -> Array:
+    """The values [B T K G H] that weights [B K G T P] make of a prefix."""
+    slots = "bpkh" if prefix.v.ndim == 4 else "pkh"
+    out = jnp.einsum(f"bkgtp,{slots}->btkgh", weights.astype(dtype), prefix.v.astype(dtype))
+    return out if prefix.share is None else out * prefix.share[:, :, None, None, None].astype(dtype)
+
+
+def shared_softmax(parts: Sequence[Array]) -> list[Array]:
+    """The softmax over the last axes of several score arrays together; a row of nothing but -inf is NaN alone."""
+    if len(parts) == 1:
+        return [jax.nn.softmax(parts[0], axis=-1)]
+    top = functools.reduce(jnp.maximum, (part.max(-1, keepdims=True) for part in parts))
     top = jax.lax.stop_gradient(top)  # it cancels
-    weights, prefix_weights = jnp.exp(scores - top), jnp.exp(prefix_scores - top)
-    total = weights.sum(-1, keepdims=True) + prefix_weights.sum(-1, keepdims=True)
-    seen = jnp.einsum("bkgts,bskh->btkgh", (weights / total).astype(v.dtype), v)
-    return seen + jnp.einsum(f"bkgtp,{slots}->btkgh", (prefix_weights / total).astype(v.dtype), prefix_v)
+    weights = [jnp.exp(part - top) for part in parts]
+    total = sum(part.sum(-1, keepdims=True) for part in weights)
+    return [part / total for part in weights]
+
+
+def slot_statistics(q: Array, kv: KV, prefixes: Sequence[KV], mask: Array, real: Array) -> dict[str, Array]:
+    """The attention [K G P] that slots get from the real [B T] queries on average, and norms [K P], of tokens' [K]."""
+    q = q * q.shape[-1] ** -0.5
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, kv.k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    shared = shared_softmax([scores, *(slot_scores(q, prefix) for prefix in prefixes if prefix.gate is None)])[1:]
+    weights = []
+    for prefix in prefixes:
+        if prefix.gate is None:
+            weights.append(shared.pop(0))
+        else:
+            weights.append(prefix.gate[:, :, None, None] * shared_softmax([slot_scores(q, prefix)])[0])
+    mean = real / real.sum()
+
+    def norms(x):  # [P K H] or [B P K H] -> [K P]
+        x = jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
+        return (x if x.ndim == 2 else x.mean(0)).T
+
+    def token_norm(x):  # [B S K H] -> [K]
+        return jnp.einsum("bsk,bs->k", jnp.linalg.norm(x.astype(jnp.float32), axis=-1), mean)
+
+    def by_slot(parts, shape):
+        return jnp.concatenate([jnp.zeros((*shape, 0)), *parts], axis=-1)  # also where there is no slot at all
+
+    heads = q.shape[2:4]  # K, G
+    return {
+        "mass": by_slot([jnp.einsum("bkgtp,bt->kgp", w, mean) for w in weights], heads),
+        "key_norm": by_slot([norms(prefix.k) for prefix in prefixes], heads[:1]),
+        "value_norm": by_slot([norms(prefix.v) for prefix in prefixes], heads[:1]),
+        "token_key_norm": token_norm(kv.k),
+        "token_value_norm": token_norm(kv.v),
+    }
+
+
+def recall(attended: Array, q: Array, hooks: LayerHooks, site: str) -> Array:
+    """attended [B T K G H] plus feature(q) m (Wang et al. 2025: a prefix that takes no softmax mass)."""
+    memory = (hooks.memory or {}).get(site)
+    if memory is None:
+        return attended
+    features = FEATURES[memory.feature](q)
+    return attended + jnp.einsum("btkgh,kghi->btkgi", features, memory.m.astype(q.dtype))
+
+
+def add_rows(k: Array, v: Array, rows: KV | None, index: Array | None) -> tuple[Array, Array]:
+    """Keys and values [B T K H] with rows [R K H] added where index [B T] names one (-1 names none)."""
+    if rows is None or index is None:
+        return k, v
+    here, index = (index >= 0)[..., None, None], jnp.maximum(index, 0)
+    return k + jnp.where(here, rows.k[index], 0).astype(k.dtype), v + jnp.where(here, rows.v[index], 0).astype(v.dtype)
 
 
 def shifted(positions: Array, adaptation: Adaptation) -> Array:
@@ -103,17 +234,80 @@ def shifted(positions: Array, adaptation: Adaptation) -> Array:
     return positions if adaptation.shift is None else positions + adaptation.shift.reshape(-1, 1)
 
 
+def taken(adaptation: Adaptation) -> int:
+    """How many positions an adaptation takes from the real tokens; a shift is data, so its slots stand for it."""
+    if adaptation.shift is None:
+        return 0
+    slots = [kv.k.shape[-3] for hooks in (adaptation.decoder, adaptation.encoder) for kv in (hooks.kv or {}).values()]
+    return max(slots, default=0) + (0 if adaptation.prompt is None else adaptation.prompt.shape[-2])
+
+
 def check(adaptation: Adaptation, sites: dict[str, Sites], rows: int) -> None:
     """Raises `UserError` if the adaptation names a site, or has a shape, that this model does not offer."""
-    for stack in ("decoder",):
+    width = sites["decoder"].width
+    if adaptation.prompt is not None:
+        fits("prompt", adaptation.prompt, ("P", width), (rows, "P", width))
+    if adaptation.rows is not None:
+        fits("rows", adaptation.rows, ("R", width))
+    for stack in ("decoder", "encoder"):
         hooks = getattr(adaptation, stack)
-        for site, kv in (hooks.kv or {}).items():
-            valid(f"attention site of the {stack}", site, sites[stack].kv)
-            want = (sites[stack].layers, *sites[stack].kv[site])
-            for name, x in (("k", kv.k), ("v", kv.v)):
-                got = (x.shape[0], *x.shape[-2:])
-                if x.ndim not in (4, 5) or got != want or x.shape != kv.k.shape or (x.ndim == 5 and x.shape[1] != rows):
-                    raise UserError(
-                        f"prefix {name} at {stack}/{site} has shape {x.shape}; expected [L P K H] or [L B P K H] "
-                        f"with L={want[0]}, K={want[1]}, H={want[2]}, B={rows}, and k shaped as v"
-                    )
+        if stack in sites:
+            check_stack(stack, hooks, sites[stack], rows)
+        elif jax.tree.leaves(hooks):
+            raise UserError(f"this model has no {stack} to adapt; valid: {', '.join(sites)}")
+    for name in ("prompt", "rows"):
+        given, added = getattr(adaptation, name), jax.tree.leaves(getattr(adaptation.decoder, name))
+        if added and (given is None or any(x.shape[1] != given.shape[-2] for x in added)):
+            got = "none" if given is None else str(given.shape)
+            raise UserError(f"decoder.{name} of shape {added[0].shape} adds to the rows of {name}, which has {got}")
+
+
+def check_stack(stack: str, hooks: LayerHooks, sites: Sites, rows: int) -> None:
+    """`check` for one stack of layers."""
+    L, D = sites.layers, sites.width
+    for site, kv in (hooks.kv or {}).items():
+        heads = sites.kv[valid(f"attention site of the {stack}", site, sites.kv)]
+        where = f"{stack}/{site}"
+        fits(f"prefix k at {where}", kv.k, (L, "P", *heads), (L, rows, "P", *heads))
+        fits(f"prefix v at {where}", kv.v, kv.k.shape)
+        if kv.mask is not None:
+            P = kv.k.shape[-3]
+            fits(f"prefix mask at {where}", kv.mask, (L, P), (L, rows, P))
+        if kv.gate is not None:
+            fits(f"prefix gate at {where}", kv.gate, (L, heads[0], sites.groups[site]))
+    for site, memory in (hooks.memory or {}).items():
+        heads, size = sites.kv[valid(f"attention site of the {stack}", site, sites.kv)]
+        valid("feature", memory.feature, FEATURES)
+        fits(f"memory at {stack}/{site}", memory.m, (L, heads, sites.groups[site], size, size))
+    for site, kv in (hooks.rows or {}).items():
+        heads = sites.kv[valid(f"attention site of the {stack}", site, sites.kv)]
+        for name, x in (("k", kv.k), ("v", kv.v)):
+            fits(f"rows {name} at {stack}/{site}", x, (L, "R", *heads))
+    for site, delta in (hooks.delta or {}).items():
+        shape = sites.projections[valid(f"projection of the {stack}", site, sites.projections)]
+        fits(f"delta a at {stack}/{site}", delta.a, (L, *shape.inner, "R"))
+        fits(f"delta b at {stack}/{site}", delta.b, (L, delta.a.shape[-1], *shape.outer))
+    for site, bias in (hooks.bias or {}).items():
+        shape = sites.projections[valid(f"projection of the {stack}", site, sites.projections)]
+        fits(f"bias at {stack}/{site}", bias, (L, *shape.outer))
+    for site, adapter in (hooks.adapter or {}).items():
+        valid(f"sublayer of the {stack}", site, sites.adapters)
+        valid("activation", adapter.activation, ACTIVATIONS)
+        fits(f"adapter down at {stack}/{site}", adapter.down, (L, D, "M"))
+        fits(f"adapter up at {stack}/{site}", adapter.up, (L, adapter.down.shape[-1], D))
+    for kind, gate in (hooks.gate or {}).items():
+        if not getattr(hooks, valid("gate", kind, ("kv", "delta", "adapter"))):
+            raise UserError(f"a gate for {kind} of the {stack} has nothing to gate")
+        fits(f"gate {kind} of the {stack}", gate.w, (L, D))
+    if hooks.prompt is not None:
+        fits(f"prompt hook of the {stack}", hooks.prompt, (L, "P", D))
+
+
+def fits(name: str, x: Array, *shapes: tuple[int | str, ...]) -> None:
+    """Raises `UserError` unless x has one of these shapes, in which a letter stands for any size."""
+    for wanted in shapes:
+        sizes = zip(wanted, x.shape, strict=False)
+        if x.ndim == len(wanted) and all(isinstance(want, str) or want == size for want, size in sizes):
+            return
+    listed = " or ".join(f"[{' '.join(map(str, wanted))}]" for wanted in shapes)
+    raise UserError(f"{name} has shape {x.shape}; expected {listed}")

@@ -1,10 +1,11 @@
 """The central types, and the letters every shape in this code base is written in.
 
     B  batch                 L  layers                     V  vocabulary
-    T  query length          D  width of the model         M  reparametrisation width
+    T  query length          D  width of the model         M  bottleneck, or width of a small network
     S  key length            K  key/value heads            W  beams
     N  target positions      G  query heads per K          C  positions that the model knows
     P  prefix length         H  head size                  F  width of the MLP
+    R  rank, virtual tokens
 
 A model is a pure function of (params, adaptation, batch).  A method makes the adaptation from trainable parameters.
 Neither knows the other, so M methods on N families cost M + N files.
@@ -27,13 +28,64 @@ class KV:
 
     k: Array  # [L P K H], [P K H] inside the layer scan; [L B P K H] when each row has its own
     v: Array
+    mask: Array | None = None  # bool [L P] or [L B P]: which slots exist; None is all
+    gate: Array | None = None  # [L K G]: the slots get a softmax of their own, and what they give is multiplied by this
+    share: Array | None = None  # [B T], only inside a layer: a `Gate`'s value, which scales scores and values
+
+
+@flax.struct.dataclass
+class Delta:
+    """A low-rank change of a projection: x becomes x kernel + scale (x a) b."""
+
+    a: Array  # [L in... R]
+    b: Array  # [L R out...]
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)  # on the x that `a` reads
+    keys: Array | None = None  # [L] random keys, one a layer; None drops nothing
+
+
+@flax.struct.dataclass
+class Adapter:
+    """A bottleneck beside or behind a sublayer: scale up(activation(down(norm(x))))."""
+
+    down: Array  # [L D M]
+    down_bias: Array  # [L M]
+    up: Array  # [L M D]
+    up_bias: Array  # [L D]
+    norm: dict[str, Array] | None = None  # "scale" and "bias" [L D] of a LayerNorm before it
+    parallel: bool = flax.struct.field(pytree_node=False, default=False)  # reads what the sublayer reads
+    activation: str = flax.struct.field(pytree_node=False, default="relu")
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
+
+
+@flax.struct.dataclass
+class Memory:
+    """Attention without softmax to a fixed memory: feature(q) m is added to what a head gives."""
+
+    m: Array  # [L K G H H]
+    feature: str = flax.struct.field(pytree_node=False, default="elu")
+
+
+@flax.struct.dataclass
+class Gate:
+    """A sigmoid of a layer's input x, one number a token, that multiplies what hooks of one kind do."""
+
+    w: Array  # [L D]
+    b: Array  # [L]
 
 
 @flax.struct.dataclass
 class LayerHooks:
-    """What to do differently inside one stack of layers, by attention site; leaves lead with L."""
+    """What to do differently inside one stack of layers; leaves lead with L, None is nothing."""
 
-    kv: dict[str, KV] | None = None
+    kv: dict[str, KV] | None = None  # attention site -> slots to attend to
+    memory: dict[str, Memory] | None = None  # attention site -> what is added to its output
+    delta: dict[str, Delta] | None = None  # projection -> its low-rank change
+    bias: dict[str, Array] | None = None  # projection -> [L out...], added to its output
+    adapter: dict[str, Adapter] | None = None  # sublayer -> its bottleneck
+    prompt: Array | None = None  # [L P D]: added to the rows of `Adaptation.prompt` before each layer
+    rows: dict[str, KV] | None = None  # attention site -> [L R K H], added to the keys and values of virtual tokens
+    gate: dict[str, Any] | None = None  # "kv", "delta" or "adapter" -> `Gate`; inside a layer its value [B T]
 
 
 @flax.struct.dataclass
@@ -42,6 +94,9 @@ class Adaptation:
 
     decoder: LayerHooks = LayerHooks()
     shift: Array | None = None  # int32 [] or [B]: added to the position of every real token; None adds nothing
+    encoder: LayerHooks = LayerHooks()
+    prompt: Array | None = None  # [P D] or [B P D]: embeddings that come before every example's first token
+    rows: Array | None = None  # [R D]: embeddings of the virtual tokens, whose ids are V, V + 1, ...
 
 
 @flax.struct.dataclass
@@ -70,6 +125,7 @@ class Cache:
     valid: Array  # bool [B S] slots that hold a real token
     slot: Array  # int32 [] the next slot to write, the same in every row
     position: Array  # int32 [B] the position of the next token, before `Adaptation.shift`
+    prompt: KV | None = None  # [L P K H] or [L B P K H]: what `Adaptation.prompt` became in each layer
 
 
 class Spec(NamedTuple):
@@ -85,12 +141,24 @@ class Spec(NamedTuple):
     transposed: bool = False  # stored [out, in] instead, as torch.nn.Linear does
 
 
+class Projection(NamedTuple):
+    """One linear map that can be changed, and where its weights are."""
+
+    inner: tuple[int, ...]  # the axes that are contracted
+    outer: tuple[int, ...]
+    weight: str  # its name under "layers"
+    part: int | None = None  # which slice of that weight's first outer axis it is; None is all of it
+
+
 class Sites(NamedTuple):
     """What one stack of layers offers to methods."""
 
     layers: int  # L
     width: int  # D
     kv: dict[str, tuple[int, int]]  # attention site -> (K, H)
+    groups: dict[str, int]  # attention site -> G
+    projections: dict[str, Projection]
+    adapters: tuple[str, ...] = ("attention", "mlp", "block")  # sublayers; "block" is behind both
 
 
 class Model(NamedTuple):
@@ -101,19 +169,36 @@ class Model(NamedTuple):
     specs: Params  # a Spec per weight
     vocabulary: int  # V
     max_positions: int | None  # C; None where nothing bounds it
+    embed: Callable[[Params, Array], Array]  # (params, tokens [...]) -> [... D], without positions
     hidden: Callable[[Params, Adaptation, Batch], Array]  # -> [B T D], normalised, ready for `unembed`
     unembed: Callable[[Params, Array], Array]  # (params, hidden [... D]) -> float32 logits [... V]
-    prefill: Callable[
-        ..., tuple[Array, Cache]
-    ]  # (params, adaptation, tokens [B T], lengths [B], slots) -> [B V], cache
+    # (params, adaptation, tokens [B T], lengths [B], slots) -> [B V], cache
+    prefill: Callable[..., tuple[Array, Cache]]
     decode: Callable[..., tuple[Array, Cache]]  # (params, adaptation, cache, tokens [B]) -> [B V], cache
+    probe: Callable[[Params, Adaptation, Batch], dict[str, Array]]  # what attention does; see models/decoder.py
+
+
+def unchanged(key: Array, model: Model, frozen: Params) -> Params:
+    """The frozen weights as they are."""
+    del key, model
+    return frozen
+
+
+def whole(frozen: Params, trainable: Params) -> Params:
+    """The trainable parameters as they are."""
+    del frozen
+    return trainable
 
 
 class Method(NamedTuple):
-    """A way to adapt a frozen model, as a pair of pure functions."""
+    """A way to adapt a frozen model, as pure functions."""
 
     init: Callable[..., Params]  # (key, model, frozen) -> trainable, float32
     bind: Callable[..., tuple[Params, Adaptation]]  # (frozen, trainable, *, key=None); key=None is evaluation
+    # (key, model, frozen) -> frozen, and beside it what the method computes once and never trains
+    prepare: Callable[..., Params] = unchanged
+    stored: Callable[..., Params] = whole  # (frozen, trainable) -> what is kept once trained, without its networks
+    template: str = "{prompt}"  # where `{rows:N}` stand for N virtual tokens, "{prompt}" being text.prompt
 
 
 # (model, params, adaptation, batch) -> (loss summed, what to divide by, further metrics as sums)

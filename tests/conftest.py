@@ -99,6 +99,12 @@ def random_reference(family, **options):
     return reference
 
 
+def letters(text, add_special_tokens):
+    """A tokenizer: token 0 for a, 1 for b, ..."""
+    assert not add_special_tokens
+    return {"input_ids": [ord(letter) - ord("a") for letter in text]}
+
+
 def random_rows(seed, lengths=(T, 1, 4, 2, T, 3, 5, 6), vocabulary=V):
     """Rows of token ids."""
     rng = np.random.default_rng(seed)

@@ -282,7 +282,8 @@ def table_model(vocabulary, called=lambda: None):
         jax.debug.callback(called)
         return params[tokens], cache
 
-    return Model({}, {}, {}, vocabulary, None, None, None, prefill, step)
+    rest = dict.fromkeys(("max_positions", "embed", "hidden", "unembed", "probe"))
+    return Model(config={}, sites={}, specs={}, vocabulary=vocabulary, prefill=prefill, decode=step, **rest)
 
 
 def test_beam_search_by_hand():

@@ -8,17 +8,36 @@ import jax.numpy as jnp
 from jax import Array
 
 from prefix_tuning import nn
-from prefix_tuning.types import KV, Adaptation, Batch, Cache, Model, Params, Sites
+from prefix_tuning.types import KV, Adaptation, Batch, Cache, LayerHooks, Model, Params, Sites
 
 
 class Layer(NamedTuple):
-    """A family's own arithmetic; `layer` is one layer's weights."""
+    """A family's own arithmetic; `layer` is one layer's weights, `hooks` what to do differently in it."""
 
-    embed: Callable[[Params, Array, Array], Array]  # (params, tokens [B T], positions [B T]) -> [B T D]
-    queries: Callable[..., tuple[Array, Array, Array]]  # (layer, x [B T D], positions) -> q [B T K G H], k, v [B T K H]
-    combine: Callable[[Params, Array, Array], Array]  # (layer, x, attended [B T K G H]) -> [B T D]
+    embed: Callable[[Params, Array], Array]  # (params, tokens [...]) -> [... D]
+    place: Callable[[Params, Array, Array], Array]  # (params, embeddings [B T D], positions [B T]) -> [B T D]
+    # (layer, hooks, x [B T D], positions [B T]) -> q [B T K G H], k, v [B T K H]
+    queries: Callable[..., tuple[Array, Array, Array]]
+    combine: Callable[..., Array]  # (layer, hooks, x, attended [B T K G H]) -> [B T D]
     norm: Callable[[Params, Array], Array]  # (params, x [B T D]) -> [B T D]
     unembed: Callable[[Params, Array], Array]  # (params, hidden [... D]) -> float32 logits [... V]
+
+
+class Stream(NamedTuple):
+    """Rows of tokens on their way through the layers."""
+
+    x: Array  # [B T D]
+    positions: Array  # [B T]
+    index: Array | None = None  # [B T] which virtual token stands here, -1 for none
+
+
+class Attended(NamedTuple):
+    """What one layer's attention was between."""
+
+    q: Array  # [B T K G H]
+    kv: KV  # the tokens' own [B T K H]
+    before: KV | None  # what the prompt became
+    prefixes: list[KV]  # all slots before the first token, the prompt's last
 
 
 def build(
@@ -37,31 +56,70 @@ def build(
     def over_layers(body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
         return jax.lax.scan(body, carry, xs, unroll=1 if scan else sites.layers)
 
-    def start(
-        params: Params, adaptation: Adaptation, tokens: Array, positions: Array
-    ) -> tuple[Array, Array, KV | None]:
+    def start(params: Params, adaptation: Adaptation, tokens: Array, positions: Array) -> Stream:
+        """Tokens [B T] as embeddings at their positions; ids from V on are rows of the adaptation."""
         nn.check(adaptation, all_sites, rows=tokens.shape[0])
         positions = nn.shifted(positions, adaptation)
-        prefix = (adaptation.decoder.kv or {}).get("self")
-        return layer.embed(params, tokens, positions), positions, prefix
+        if adaptation.rows is None:
+            return Stream(layer.place(params, layer.embed(params, tokens), positions), positions)
+        index = jnp.maximum(tokens - vocabulary, -1)
+        x = layer.embed(params, jnp.minimum(tokens, vocabulary - 1))
+        rows = adaptation.rows[jnp.maximum(index, 0)].astype(x.dtype)
+        return Stream(layer.place(params, jnp.where((index >= 0)[..., None], rows, x), positions), positions, index)
 
-    def full(
-        params, adaptation, tokens, positions, segments, *, keep: bool
-    ) -> tuple[Array, tuple[Array, Array] | None]:
-        """Hidden states [B T D] and, if `keep`, every layer's keys and values [L B T K H]."""
-        x, positions, prefix = start(params, adaptation, tokens, positions)
+    def start_prompt(params: Params, adaptation: Adaptation, like: Array) -> Stream | None:
+        """The prompt as a stream of its own, [1 P D] if all rows share it: it never sees what comes after it."""
+        if adaptation.prompt is None:
+            return None
+        length, width = adaptation.prompt.shape[-2:]
+        end = jnp.int32(length) if adaptation.shift is None else adaptation.shift
+        # It ends where the real tokens begin, behind a prefix of keys and values if there is one.
+        positions = end.reshape(-1, 1) - length + jnp.arange(length)
+        shared = adaptation.prompt.ndim == 2 and len(positions) == 1 and not any(map(per_row, own(adaptation.decoder)))
+        rows = 1 if shared else len(like)
+        prompt = jnp.broadcast_to(adaptation.prompt.astype(like.dtype), (rows, length, width))
+        positions = jnp.broadcast_to(positions, (rows, length))
+        return Stream(layer.place(params, prompt, positions), positions)
+
+    def one(
+        weights: Params, hooks: LayerHooks, stream: Stream, mask: Array, before: KV | None, store: Callable
+    ) -> tuple[Array, Attended]:
+        """One layer: x after it and what was attended to; `store` says what becomes of the layer's keys and values."""
+        hooks = nn.open_gates(hooks, stream.x)
+        prefixes = [*own(hooks), *([] if before is None else [before])]
+        q, k, v = layer.queries(weights, hooks, stream.x, stream.positions)
+        k, v = nn.add_rows(k, v, (hooks.rows or {}).get("self"), stream.index)
+        attended = nn.recall(nn.attend(q, *store(k, v), mask, prefixes), q, hooks, "self")
+        return layer.combine(weights, hooks, stream.x, attended), Attended(q, KV(k, v), before, prefixes)
+
+    def prompt_layer(weights: Params, hooks: LayerHooks, prompt: Stream) -> tuple[Stream, KV]:
+        """The prompt through one layer, and what the tokens after it see of it."""
+        if hooks.prompt is not None:
+            prompt = prompt._replace(x=prompt.x + hooks.prompt.astype(prompt.x.dtype))
+        mask = nn.causal_mask(jnp.ones(prompt.positions.shape, jnp.int32))
+        x, seen = one(weights, hooks, prompt, mask, None, as_they_are)
+        return prompt._replace(x=x), jax.tree.map(lambda y: y[0] if len(y) == 1 else y, seen.kv)
+
+    def full(params, adaptation, tokens, positions, segments, keep: Callable) -> tuple[Array, Any]:
+        """Hidden states [B T D], and what `keep(attended, mask)` takes from each layer."""
+        stream = start(params, adaptation, tokens, positions)
+        prompt = start_prompt(params, adaptation, stream.x)
         mask = nn.causal_mask(segments)
 
-        def body(x, inputs):
-            weights, prefix = inputs
-            q, k, v = layer.queries(weights, x, positions)
-            return layer.combine(weights, x, nn.attend(q, k, v, mask, prefix)), (k, v) if keep else None
+        def body(carry, inputs):
+            weights, hooks = inputs
+            stream, prompt = carry
+            before = None
+            if prompt is not None:
+                prompt, before = prompt_layer(weights, hooks, prompt)
+            x, attended = one(weights, hooks, stream, mask, before, as_they_are)
+            return (stream._replace(x=x), prompt), keep(attended, mask)
 
-        x, kv = over_layers(body, x, (params["layers"], prefix))
-        return layer.norm(params, x), kv
+        (stream, _), kept = over_layers(body, (stream, prompt), (params["layers"], adaptation.decoder))
+        return layer.norm(params, stream.x), kept
 
     def hidden(params: Params, adaptation: Adaptation, batch: Batch) -> Array:
-        return full(params, adaptation, batch.tokens, batch.positions, batch.segments, keep=False)[0]
+        return full(params, adaptation, batch.tokens, batch.positions, batch.segments, lambda *_: None)[0]
 
     def prefill(
         params: Params, adaptation: Adaptation, tokens: Array, lengths: Array, slots: int
@@ -69,34 +127,80 @@ def build(
         rows, length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
         real = positions < lengths[:, None]
-        x, (k, v) = full(params, adaptation, tokens, positions, real.astype(jnp.int32), keep=True)
+        segments = real.astype(jnp.int32)
+        x, (kv, before) = full(params, adaptation, tokens, positions, segments, lambda seen, _: (seen.kv, seen.before))
         room = [(0, 0), (0, 0), (0, slots - length), (0, 0), (0, 0)]
         cache = Cache(
-            k=jnp.pad(k, room),
-            v=jnp.pad(v, room),
+            k=jnp.pad(kv.k, room),
+            v=jnp.pad(kv.v, room),
             valid=jnp.pad(real, room[1:3]),
             slot=jnp.int32(length),
             position=lengths,
+            prompt=before,
         )
         return layer.unembed(params, x[jnp.arange(rows), lengths - 1]), cache
 
     def decode(params: Params, adaptation: Adaptation, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
-        x, positions, prefix = start(params, adaptation, tokens[:, None], cache.position[:, None])
+        stream = start(params, adaptation, tokens[:, None], cache.position[:, None])
         valid = cache.valid.at[:, cache.slot].set(True)
 
         # The cache is carried, not scanned over: XLA then writes the new slot in place instead of copying every layer.
         def body(carry, inputs):
             x, keys, values = carry
-            index, weights, prefix = inputs
-            q, k, v = layer.queries(weights, x, positions)
-            keys = jax.lax.dynamic_update_slice(keys, k[None], (index, 0, cache.slot, 0, 0))
-            values = jax.lax.dynamic_update_slice(values, v[None], (index, 0, cache.slot, 0, 0))
-            attended = nn.attend(q, keys[index], values[index], valid[:, None], prefix)
-            return (layer.combine(weights, x, attended), keys, values), None
+            number, weights, hooks, before = inputs
 
-        inputs = (jnp.arange(sites.layers), params["layers"], prefix)
-        (x, k, v), _ = over_layers(body, (x, cache.k, cache.v), inputs)
+            def store(k, v):
+                nonlocal keys, values
+                keys = jax.lax.dynamic_update_slice(keys, k[None], (number, 0, cache.slot, 0, 0))
+                values = jax.lax.dynamic_update_slice(values, v[None], (number, 0, cache.slot, 0, 0))
+                return keys[number], values[number]
+
+            x, _ = one(weights, hooks, stream._replace(x=x), valid[:, None], before, store)
+            return (x, keys, values), None
+
+        inputs = (jnp.arange(sites.layers), params["layers"], adaptation.decoder, cache.prompt)
+        (x, k, v), _ = over_layers(body, (stream.x, cache.k, cache.v), inputs)
         logits = layer.unembed(params, layer.norm(params, x)[:, 0])
-        return logits, Cache(k=k, v=v, valid=valid, slot=cache.slot + 1, position=cache.position + 1)
+        return logits, cache.replace(k=k, v=v, valid=valid, slot=cache.slot + 1, position=cache.position + 1)
 
-    return Model(config, all_sites, specs, vocabulary, max_positions, hidden, layer.unembed, prefill, decode)
+    def probe(params: Params, adaptation: Adaptation, batch: Batch) -> dict[str, Array]:
+        """What attention does with the slots before the first token, over the real tokens of a batch.
+
+        "mass" [L K G P] is the attention that each slot receives, "key_norm" and "value_norm" [L K P] are its norms,
+        "token_key_norm" and "token_value_norm" [L K] the mean ones of real tokens.
+        """
+        real = (batch.segments > 0).astype(jnp.float32)
+
+        def keep(seen: Attended, mask: Array) -> dict[str, Array]:
+            return nn.slot_statistics(seen.q, seen.kv, seen.prefixes, mask, real)
+
+        return full(params, adaptation, batch.tokens, batch.positions, batch.segments, keep)[1]
+
+    return Model(
+        config=config,
+        sites=all_sites,
+        specs=specs,
+        vocabulary=vocabulary,
+        max_positions=max_positions,
+        embed=layer.embed,
+        hidden=hidden,
+        unembed=layer.unembed,
+        prefill=prefill,
+        decode=decode,
+        probe=probe,
+    )
+
+
+def as_they_are(k: Array, v: Array) -> tuple[Array, Array]:
+    """Keys and values that nobody stores."""
+    return k, v
+
+
+def per_row(kv: KV) -> bool:
+    """Whether a prefix [L ...] differs from row to row."""
+    return kv.k.ndim == 5 or (kv.mask is not None and kv.mask.ndim == 3)
+
+
+def own(hooks: LayerHooks) -> list[KV]:
+    """The prefix of one layer, as a list that is empty without one."""
+    return [hooks.kv["self"]] if hooks.kv else []

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from prefix_tuning import nn
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.models import decoder
-from prefix_tuning.types import Model, Params, Sites, Spec
+from prefix_tuning.types import Model, Params, Projection, Sites, Spec
 
 # Causal masks that older files carry as buffers, and the unembedding, which is the embedding.
 IGNORED = (r".*\.attn\.(bias|masked_bias)", r"lm_head\.weight")
@@ -53,6 +53,21 @@ def weights(config: dict[str, Any]) -> Params:
     }
 
 
+def projections(config: dict[str, Any]) -> dict[str, Projection]:
+    """The linear maps of a layer that can be changed: the fused "qkv", or one of its three parts."""
+    D, K, F = config["n_embd"], config["n_head"], config.get("n_inner") or 4 * config["n_embd"]
+    heads = (K, D // K)
+    return {
+        "qkv": Projection((D,), (3, *heads), "qkv"),
+        "q": Projection((D,), heads, "qkv", part=0),
+        "k": Projection((D,), heads, "qkv", part=1),
+        "v": Projection((D,), heads, "qkv", part=2),
+        "o": Projection(heads, (D,), "o"),
+        "up": Projection((D,), (F,), "up"),
+        "down": Projection((F,), (D,), "down"),
+    }
+
+
 def build(config: dict[str, Any], *, scan: bool = True) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for a variant whose arithmetic differs."""
     for flag, usual in (
@@ -70,18 +85,27 @@ def build(config: dict[str, Any], *, scan: bool = True) -> Model:
     ]
     epsilon = config.get("layer_norm_epsilon", 1e-5)
 
-    def embed(params, tokens, positions):
-        return params["embedding"][tokens] + params["positions"][positions]
+    def embed(params, tokens):
+        return params["embedding"][tokens]
 
-    def queries(layer, x, positions):
+    def place(params, embeddings, positions):
+        return embeddings + params["positions"][positions]
+
+    def queries(layer, hooks, x, positions):
         del positions  # they are in the embedding
-        qkv = nn.project(nn.layer_norm(x, **layer["attention_norm"], epsilon=epsilon), **layer["qkv"])  # [B T 3 K H]
-        return qkv[:, :, 0, :, None], qkv[:, :, 1], qkv[:, :, 2]
+        x = nn.layer_norm(x, **layer["attention_norm"], epsilon=epsilon)
+        qkv = nn.project(x, layer["qkv"], hooks, "qkv")  # [B T 3 K H]
+        q, k, v = (nn.change(qkv[:, :, part], x, hooks, name) for part, name in enumerate("qkv"))
+        return q[:, :, :, None], k, v
 
-    def combine(layer, x, attended):
-        x = x + nn.project(attended[:, :, :, 0], **layer["o"], axes=2)
-        y = nn.layer_norm(x, **layer["mlp_norm"], epsilon=epsilon)
-        return x + nn.project(activation(nn.project(y, **layer["up"])), **layer["down"])
+    def combine(layer, hooks, x, attended):
+        read = nn.layer_norm(x, **layer["attention_norm"], epsilon=epsilon)
+        attention = nn.project(attended[:, :, :, 0], layer["o"], hooks, "o", axes=2)
+        x = x + nn.adapt(attention, read, hooks, "attention")
+        read = nn.layer_norm(x, **layer["mlp_norm"], epsilon=epsilon)
+        up = activation(nn.project(read, layer["up"], hooks, "up"))
+        x = x + nn.adapt(nn.project(up, layer["down"], hooks, "down"), read, hooks, "mlp")
+        return nn.adapt(x, x, hooks, "block")
 
     def norm(params, x):
         return nn.layer_norm(x, **params["norm"], epsilon=epsilon)
@@ -90,9 +114,9 @@ def build(config: dict[str, Any], *, scan: bool = True) -> Model:
         return jnp.einsum("...d,vd->...v", hidden, params["embedding"], preferred_element_type=jnp.float32)
 
     return decoder.build(
-        decoder.Layer(embed, queries, combine, norm, unembed),
+        decoder.Layer(embed, place, queries, combine, norm, unembed),
         config=config,
-        sites=Sites(config["n_layer"], config["n_embd"], {"self": (K, H)}),
+        sites=Sites(config["n_layer"], config["n_embd"], {"self": (K, H)}, {"self": 1}, projections(config)),
         specs=weights(config),
         vocabulary=config["vocab_size"],
         max_positions=config["n_positions"],

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from prefix_tuning import nn
 from prefix_tuning.errors import valid
 from prefix_tuning.models import decoder
-from prefix_tuning.types import Model, Params, Sites, Spec
+from prefix_tuning.types import Model, Params, Projection, Sites, Spec
 
+BIASED = {"attention_bias": True, "mlp_bias": True}  # the config.json of a model whose every projection has a bias
 IGNORED = (r".*\.rotary_emb\.inv_freq",)  # a buffer that older files carry
 
 
@@ -57,28 +58,50 @@ def head_shape(config: dict[str, Any]) -> tuple[int, int, int]:
     return kv_heads, heads // kv_heads, config.get("head_dim") or config["hidden_size"] // heads
 
 
+def projections(config: dict[str, Any]) -> dict[str, Projection]:
+    """The linear maps of a layer that can be changed."""
+    K, G, H = head_shape(config)
+    width, mlp = (config["hidden_size"],), (config["intermediate_size"],)
+    shapes = {
+        "q": (width, (K, G, H)),
+        "k": (width, (K, H)),
+        "v": (width, (K, H)),
+        "o": ((K, G, H), width),
+        "gate": (width, mlp),
+        "up": (width, mlp),
+        "down": (mlp, width),
+    }
+    return {name: Projection(*shape, weight=name) for name, shape in shapes.items()}
+
+
 def build(config: dict[str, Any], *, scan: bool = True) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for an unknown activation or rotary scaling."""
-    K, _, H = head_shape(config)
+    K, G, H = head_shape(config)
     frequencies = nn.rotary_frequencies(config, H)
     activation = nn.ACTIVATIONS[valid("hidden_act", config.get("hidden_act", "silu"), nn.ACTIVATIONS)]
     epsilon = config.get("rms_norm_eps", 1e-6)
 
-    def embed(params, tokens, positions):
-        del positions
+    def embed(params, tokens):
         return params["embedding"][tokens]
 
-    def queries(layer, x, positions):
+    def place(params, embeddings, positions):
+        del params, positions  # keys and queries are turned instead
+        return embeddings
+
+    def queries(layer, hooks, x, positions):
         x = nn.rms_norm(x, layer["attention_norm"], epsilon)
-        q, k, v = (nn.project(x, **layer[name]) for name in ("q", "k", "v"))
+        q, k, v = (nn.project(x, layer[name], hooks, name) for name in ("q", "k", "v"))
         return nn.rotate(q, positions, frequencies), nn.rotate(k, positions, frequencies), v
 
-    def combine(layer, x, attended):
-        x = x + nn.project(attended, **layer["o"], axes=3)
-        y = nn.rms_norm(x, layer["mlp_norm"], epsilon)
-        return x + nn.project(
-            activation(nn.project(y, **layer["gate"])) * nn.project(y, **layer["up"]), **layer["down"]
-        )
+    def combine(layer, hooks, x, attended):
+        read = nn.rms_norm(x, layer["attention_norm"], epsilon)
+        attention = nn.project(attended, layer["o"], hooks, "o", axes=3)
+        x = x + nn.adapt(attention, read, hooks, "attention")
+        read = nn.rms_norm(x, layer["mlp_norm"], epsilon)
+        gate, up = (nn.project(read, layer[name], hooks, name) for name in ("gate", "up"))
+        mlp = nn.project(activation(gate) * up, layer["down"], hooks, "down")
+        x = x + nn.adapt(mlp, read, hooks, "mlp")
+        return nn.adapt(x, x, hooks, "block")
 
     def norm(params, x):
         return nn.rms_norm(x, params["norm"], epsilon)
@@ -88,9 +111,11 @@ def build(config: dict[str, Any], *, scan: bool = True) -> Model:
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     return decoder.build(
-        decoder.Layer(embed, queries, combine, norm, unembed),
+        decoder.Layer(embed, place, queries, combine, norm, unembed),
         config=config,
-        sites=Sites(config["num_hidden_layers"], config["hidden_size"], {"self": (K, H)}),
+        sites=Sites(
+            config["num_hidden_layers"], config["hidden_size"], {"self": (K, H)}, {"self": G}, projections(config)
+        ),
         specs=weights(config),
         vocabulary=config["vocab_size"],
         max_positions=config.get("max_position_embeddings"),
