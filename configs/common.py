@@ -11,12 +11,65 @@ METHODS = {
         "reparametrisation": None,
         "init": "text",
         "text": "Describe the record in a sentence:",
+        "text_file": None,
         "dropout": 0.0,
-        "shift": True,
+        "shift": None,
+        "layers": None,
+        "frozen_slots": 0,
+        "gates": False,
     },
+    "infix": {"length": 10, "reparametrisation": None, "scale": 0.1, "dropout": 0.0},
+    "prompt": {
+        "length": 20,
+        "init": "vocabulary",
+        "text": None,
+        "labels": None,
+        "scale": None,
+        "population": None,
+        "reparametrisation": None,
+    },
+    "ptuning": {"length": 20, "network": "lstm", "hidden": None, "template": None},
+    "memory": {"feature": "elu"},
+    "propagation": {"length": 10, "scale": 0.02},
+    "lora": {"rank": 4, "alpha": 32.0, "rslora": False, "dropout": 0.0, "target_modules": ("q", "v")},
+    "adapter": {"form": "pfeiffer", "bottleneck": 8, "activation": "relu", "scale": None, "sublayer": None},
+    "finetune": {"top_layers": None, "embedding": None, "biases": False},
+}
+# Compositions and variants with a name in the papers: name -> (the methods in them, what differs from the above).
+PRESETS = {
+    "mam": (
+        ("prefix", "adapter"),
+        {"prefix": {"length": 30}, "adapter": {"form": "scaled_parallel", "bottleneck": 512, "scale": 4.0}},
+    ),
+    "unipelt": (("prefix", "lora", "adapter"), {}),
+    "bitfit": (("finetune",), {"finetune": {"biases": True}}),
+    "ft_top2": (("finetune",), {"finetune": {"top_layers": 2, "embedding": False}}),
+}
+# The option of a method that sets how many parameters it trains, for `params --budget`.
+SIZES = {
+    "prefix": "length",
+    "infix": "length",
+    "prompt": "length",
+    "ptuning": "length",
+    "propagation": "length",
+    "lora": "rank",
+    "adapter": "bottleneck",
+    "ft_top2": "top_layers",
 }
 
-OPTIONAL = {"text": str, "clip": float}  # the types of options that may be None, other than int
+# The types of options that may be None, other than int.
+OPTIONAL = {
+    "text": str,
+    "text_file": str,
+    "template": str,
+    "sublayer": str,
+    "clip": float,
+    "scale": float,
+    "shift": bool,
+    "embedding": bool,
+    "layers": tuple,
+    "labels": tuple,
+}
 
 
 def parse(arg: str | None, **defaults: Any) -> dict[str, Any]:
@@ -37,10 +90,26 @@ def parse(arg: str | None, **defaults: Any) -> dict[str, Any]:
 
 
 def method(name: str, **options: dict[str, Any]) -> config_dict.ConfigDict:
-    """The section `method`: what a config says of this method over what is usual; raises ValueError if unknown."""
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; valid: {', '.join(METHODS)}")
-    return section(name=name, **METHODS[name] | options.get(name, {}))
+    """The section `method`: what a config says of this method over what is usual.
+
+    A preset's name, or several names joined by "+", stand for a composition.  Raises ValueError for an unknown name.
+    """
+    parts, changes = PRESETS.get(name, (tuple(name.split("+")), {}))
+    for part in parts:
+        if part not in METHODS:
+            raise ValueError(f"unknown method {part!r}; valid: {', '.join([*METHODS, *PRESETS])}, or several with +")
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"method {name!r} has one method twice")
+    made = {part: METHODS[part] | options.get(part, {}) | changes.get(part, {}) for part in parts}
+    if len(parts) == 1:
+        return section(name=parts[0], **made[parts[0]])
+    sections = {part: section(**own) for part, own in made.items()}
+    return section(name="compose", parts=config_dict.ConfigDict(sections), gates=name == "unipelt")
+
+
+def rate(name: str, rates: dict[str, float]) -> float:
+    """A method's learning rate; a composition without one of its own takes the smallest of its parts'."""
+    return rates[name] if name in rates else min(rates[part] for part in PRESETS.get(name, (name.split("+"),))[0])
 
 
 def section(**options: Any) -> config_dict.ConfigDict:

@@ -1,7 +1,10 @@
 """What the user sees while a run goes on, and how a run is asked to stop."""
 
+import collections
 import math
+import resource
 import signal
+import statistics
 import sys
 import time
 from typing import Any
@@ -13,6 +16,8 @@ from tqdm import tqdm
 from prefix_tuning.errors import UserError
 from prefix_tuning.record import Record
 from prefix_tuning.train_step import Sums
+
+RECENT = 100  # steps whose duration is remembered, so that one that compiled does not count
 
 
 class Interrupted(Exception):
@@ -59,16 +64,25 @@ class Meter:
         """Goes on after step `first` of `total`, from the `notes` of the run that was stopped there."""
         self.record, self.schedule, self.total, self.log_every = record, schedule, total, log_every
         self.seconds, self.window = (notes["seconds"], notes["window"]) if notes else (0.0, {})
+        self.recent = collections.deque(notes["recent"] if notes else (), maxlen=RECENT)  # seconds of the last steps
         self.mark = None
         self.bar = tqdm(total=total, initial=first, unit="step", disable=None, dynamic_ncols=True)
 
     def notes(self) -> dict[str, Any]:
         """What a resumed run needs to log as if it had never stopped."""
-        return {"seconds": self.seconds, "window": self.window}
+        return {"seconds": self.seconds, "window": self.window, "recent": list(self.recent)}
 
     def resume(self) -> None:
         """Starts the clock, unless it is running."""
         self.mark = self.mark or time.perf_counter()
+
+    def cost(self) -> dict[str, float]:
+        """Seconds of training, of a median step among the last ones, and the process's peak memory in MiB."""
+        return {
+            "seconds": round(self.seconds, 1),
+            "seconds_per_step": round(statistics.median(self.recent), 4),
+            "peak_memory_mb": peak_memory(),
+        }
 
     def pause(self) -> None:
         """Stops the clock: what follows is not training."""
@@ -89,6 +103,7 @@ class Meter:
         now = time.perf_counter()
         sums["seconds"], self.mark = now - self.mark, now
         self.seconds += sums["seconds"]
+        self.recent.append(sums["seconds"])
         self.window = {name: self.window.get(name, 0.0) + value for name, value in sums.items()}
         self.bar.update(step - self.bar.n)
         if step % self.log_every == 0 or step == self.total:
@@ -117,6 +132,15 @@ class Meter:
     def close(self) -> None:
         """Ends the progress bar."""
         self.bar.close()
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, in MiB: an accelerator's where it says so, else the host's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] >> 20
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held >> (20 if sys.platform == "darwin" else 10)  # bytes there, KiB elsewhere
 
 
 def share(counts: dict[str, int]) -> str:

@@ -1,6 +1,5 @@
 """Config -> everything a run needs: the only place that looks names up, before an accelerator is touched."""
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ import datasets
 import jax
 import optax
 
-from prefix_tuning import data, models
+from prefix_tuning import data, models, nn
 from prefix_tuning.data import pipeline
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError, valid
@@ -18,6 +17,7 @@ from prefix_tuning.metrics import METRICS
 from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.optimizer import make_optimizer
+from prefix_tuning.registry import call, named
 from prefix_tuning.types import Adaptation, Method, Model, Objective, Params, count
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ class Train(NamedTuple):
 class Evaluation(NamedTuple):
     """The section `evaluation`."""
 
-    metrics: tuple[str, ...]
+    metrics: tuple[str, ...]  # none of them: only the loss is computed, and nothing is decoded
     batch_size: int = 16
     split: str = "validation"  # while training
     final_split: str = "validation"  # at the end, untuned against tuned
@@ -58,6 +58,7 @@ class Base(NamedTuple):
     folder: Path
     tokenizer: Any
     method: Method
+    text: dict[str, Any]  # how examples are tokenised, the method's template filled in
     decode: DecodeConfig
     prefix_length: int  # positions that the method takes from real tokens
 
@@ -103,14 +104,26 @@ def make_base(config: dict[str, Any]) -> Base:
         folder=folder,
         tokenizer=tokenizer,
         method=method,
+        text=make_text(config["text"], method, model),
         decode=make_decode(config["decode"], tokenizer),
-        prefix_length=prefix_length(abstract_adaptation(method, model)),
+        prefix_length=nn.taken(abstract_adaptation(method, model)),
     )
 
 
+def make_text(section: dict[str, Any], method: Method, model: Model) -> dict[str, Any]:
+    """The section `text` with the prompt as the method's template has it."""
+    prompt = section.get("prompt")
+    if not isinstance(prompt, str):
+        raise UserError(f"text.prompt is {prompt!r}; expected a template such as '{{source}}\n'")
+    if "{rows:" in prompt:
+        raise UserError("text.prompt has {rows:N}; virtual tokens belong to a method: set method.template instead")
+    return section | {"prompt": method.template.replace("{prompt}", prompt), "virtual": model.vocabulary}
+
+
 def load_weights(base: Base, config: dict[str, Any]) -> Params:
-    """The frozen weights, on the host."""
-    return loading.load_weights(base.folder, base.model, config["model"].get("dtype", "float32"))
+    """The frozen weights, and what the method keeps beside them, on the host."""
+    weights = loading.load_weights(base.folder, base.model, config["model"].get("dtype", "float32"))
+    return base.method.prepare(jax.random.key(config["seed"]), base.model, weights)
 
 
 def make_run(config: dict[str, Any], base: Base) -> Run:
@@ -122,7 +135,7 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
     pairs = load_split(config, "train")
     if train.examples is not None:
         pairs = said(data.subsample, pairs, train.examples, config["seed"])
-    examples = said(call, "text", pipeline.encode, config["text"], pairs, base.tokenizer)
+    examples = said(call, "text", pipeline.encode, base.text, pairs, base.tokenizer)
     check_lengths("train", base, max(len(x.prompt) + len(x.target) for x in examples))
     options = {"batch_size": train.batch_size, "epochs": train.epochs, "seed": config["seed"], "packing": train.packing}
     stream = said(pipeline.train_data, examples, **options, shapes=train.shapes, prefetch=train.prefetch)
@@ -143,18 +156,15 @@ def make_split(config: dict[str, Any], base: Base, name: str, examples: int | No
         records = said(data.subsample, records, min(examples, len(records)), 0)
     kept = set(records["source"])
     pairs = pairs.select([i for i, source in enumerate(pairs["source"]) if source in kept])
-    prompts = make_prompts(config, base, records, name)
-    return Split(prompts, records, said(call, "text", pipeline.encode, config["text"], pairs, base.tokenizer))
+    prompts = make_prompts(base, records, name)
+    return Split(prompts, records, said(call, "text", pipeline.encode, base.text, pairs, base.tokenizer))
 
 
-def make_prompts(
-    config: dict[str, Any], base: Base, records: datasets.Dataset | list[dict[str, Any]], name: str = "given"
-) -> list[list[int]]:
+def make_prompts(base: Base, records: datasets.Dataset | list[dict[str, Any]], name: str = "given") -> list[list[int]]:
     """Token ids to decode from; raises `UserError` if one leaves no room for what may be generated."""
     if isinstance(records, list):
         records = datasets.Dataset.from_list([{"source": row["source"]} for row in records])
-    text = config["text"]
-    options = {"prompt": text["prompt"], "max_source": text["max_source"]}
+    options = {name: base.text[name] for name in ("prompt", "max_source", "virtual")}
     prompts = said(pipeline.encode_prompts, records, base.tokenizer, **options)
     check_lengths(name, base, max(map(len, prompts)) + base.decode.max_new_tokens)
     return prompts
@@ -182,22 +192,23 @@ def make_decode(section: dict[str, Any], tokenizer: Any) -> DecodeConfig:
     return call("decode", DecodeConfig, options)
 
 
-def abstract_adaptation(method: Method, model: Model) -> Adaptation:
-    """The shapes of what a method makes, without weights or arithmetic."""
-    return jax.eval_shape(method.bind, loading.abstract(model), abstract_trainable(method, model))[1]
+def abstract_frozen(method: Method, model: Model, dtype: str = "float32") -> Params:
+    """The shapes of the weights and of what a method keeps beside them, without weights or arithmetic."""
+    prepare = lambda key, frozen: method.prepare(key, model, frozen)  # noqa: E731
+    return jax.eval_shape(prepare, jax.random.key(0), loading.abstract(model, dtype))
 
 
 def abstract_trainable(method: Method, model: Model) -> Params:
     """The shapes of what a method trains."""
-    frozen = loading.abstract(model)
-    return jax.eval_shape(lambda key, frozen: method.init(key, model, frozen), jax.random.key(0), frozen)
+    init = lambda key, frozen: method.init(key, model, frozen)  # noqa: E731
+    return jax.eval_shape(init, jax.random.key(0), abstract_frozen(method, model))
 
 
-def prefix_length(adaptation: Adaptation) -> int:
-    """How many positions an adaptation takes from the real tokens."""
-    if adaptation.shift is None or not adaptation.decoder.kv:
-        return 0
-    return max(kv.k.shape[-3] for kv in adaptation.decoder.kv.values())
+def abstract_adaptation(method: Method, model: Model) -> Adaptation:
+    """The shapes of what a method makes; raises `UserError` for what this model does not offer."""
+    adaptation = jax.eval_shape(method.bind, abstract_frozen(method, model), abstract_trainable(method, model))[1]
+    nn.check(adaptation, model.sites, rows=1)
+    return adaptation
 
 
 def check_lengths(split: str, base: Base, longest: int) -> None:
@@ -211,38 +222,17 @@ def check_lengths(split: str, base: Base, longest: int) -> None:
         )
 
 
-def parameter_counts(base: Base, trainable: Params) -> dict[str, int]:
+def parameter_counts(method: Method, model: Model) -> dict[str, int]:
     """How many parameters are trained, stored once trained, and frozen."""
-    stored = abstract_adaptation(base.method, base.model)
-    return {"trained": count(trainable), "stored": count(stored.decoder), "frozen": count(base.model.specs)}
+    trainable = abstract_trainable(method, model)
+    stored = jax.eval_shape(method.stored, abstract_frozen(method, model), trainable)
+    return {"trained": count(trainable), "stored": count(stored), "frozen": count(model.specs)}
 
 
 def resolve(path: str) -> str:
     """`path`, or the same below the repository, so that shipped configs run from any folder."""
     inside = ROOT / path
     return str(inside) if not Path(path).exists() and inside.exists() else path
-
-
-def named(section: str, registry: dict[str, Callable], options: dict[str, Any], *arguments: Any) -> Any:
-    """Calls the factory that options["name"] stands for in the registry, with the other options."""
-    options = dict(options)
-    factory = registry[valid(f"{section}.name", options.pop("name", None), registry)]
-    return call(section, factory, options, *arguments)
-
-
-def call(section: str, factory: Callable, options: dict[str, Any], *arguments: Any) -> Any:
-    """factory(*arguments, **options), whose signature is the section's schema; raises `UserError` naming valid keys."""
-    parameters = list(inspect.signature(factory).parameters.values())[len(arguments) :]
-    known = [p.name for p in parameters]
-    for key in options:
-        valid(f"key in config section {section}:", key, known)
-    lacking = [p.name for p in parameters if p.default is p.empty and p.name not in options]
-    if lacking:
-        raise UserError(f"config section {section} lacks {', '.join(lacking)}")
-    try:
-        return factory(*arguments, **options)
-    except TypeError as error:  # a text where a number belongs
-        raise UserError(f"config section {section}: {error}") from error
 
 
 def said(function: Callable, *arguments: Any, **options: Any) -> Any:

@@ -50,7 +50,7 @@ def train(config: dict[str, Any], workdir: str | Path) -> dict[str, Any]:
         first = int(state.step)
         # Lines beyond the checkpoint come again; so does its own evaluation, if that was cut short.
         record.start(lambda line: line["step"] < first + ("train/loss" in line or notes["evaluated"]))
-        counts = setup.parameter_counts(base, state.trainable)
+        counts = setup.parameter_counts(base.method, base.model)
         introduce(counts, run, first)
 
         # ---- the loop
@@ -102,7 +102,7 @@ def train(config: dict[str, Any], workdir: str | Path) -> dict[str, Any]:
         "tuned": tuned,
         "parameters": counts,
         "steps": total,
-        "seconds": round(meter.seconds, 1),
+        **meter.cost(),
         "workdir": str(record.workdir),
         "adapter": folder,
     }
@@ -148,11 +148,15 @@ def make_scorer(
         number = int(state.step)
         say(f"step {number}: evaluating on {len(split.prompts)} records of the {name} split")
         loss = evaluate.mean_loss(step, frozen, state.trainable, split, run, check=stop.check)
+        prefix = "eval" if name == evaluation.split else name
+        if not evaluation.metrics:  # the loss is all that is asked for, so nothing is decoded
+            record.metrics(number, {f"{prefix}/{key}": value for key, value in loss.items()})
+            say("  " + ", ".join(f"{key} {shown(value)}" for key, value in loss.items()))
+            return loss
         predictions = write(*base.method.bind(frozen, state.trainable), split.prompts)
         rows = evaluate.rows(predictions, split)
         scores = loss | evaluate.score(evaluation.metrics, predictions, split)
         record.predictions(f"{name}_{number}", rows)
-        prefix = "eval" if name == evaluation.split else name
         record.metrics(number, {f"{prefix}/{key}": value for key, value in scores.items()})
         for row in rows[: evaluation.samples]:
             shown_row = {**row, "reference": row["references"][0]}
@@ -168,14 +172,21 @@ def score_untuned(
 ) -> dict[str, float | None]:
     """The final split's scores without any adaptation; decoded once per workdir."""
     path, split = record.workdir / "predictions" / "untuned.jsonl", run.final
+    if not run.evaluation.metrics:
+        return {}
     if path.exists():
         predictions = [row["prediction"] for row in read_lines(path)]
     else:
         say(f"decoding {len(split.prompts)} records with the untuned model")
         write = evaluate.make_writer(base, run.evaluation.batch_size, seed=config["seed"], check=stop.check)
-        predictions = write(frozen, Adaptation(), split.prompts)
+        predictions = write(frozen, Adaptation(), plain(split.prompts, base))
         record.predictions("untuned", evaluate.rows(predictions, split))
     return evaluate.score(run.evaluation.metrics, predictions, split)
+
+
+def plain(prompts: list[list[int]], base: setup.Base) -> list[list[int]]:
+    """Prompts without virtual tokens, which the untuned model does not have."""
+    return [[token for token in prompt if token < base.model.vocabulary] for prompt in prompts]
 
 
 def export_adapter(base: setup.Base, config: dict[str, Any], frozen: Any, trainable: Any, folder: Path) -> str | None:

@@ -1,4 +1,5 @@
-"""Every method in every variant on both families: what it trains, what it leaves alone, and where it starts."""
+"""Every method in every variant on both families under the same contracts: what it trains, what it leaves alone, where
+it starts, and that it is the same on one device and on eight, before and after it was saved, and traced once."""
 
 import functools
 
@@ -7,29 +8,109 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import L, P, T, close, one_a_row, random_rows
+from conftest import B, L, P, T, V, letters, one_a_row, random_rows
 
 import prefix_tuning
-from prefix_tuning import models, parallel, setup
-from prefix_tuning.errors import UserError
-from prefix_tuning.methods import METHODS, prefix
-from prefix_tuning.models import loading
+from prefix_tuning import nn, parallel, setup, template
+from prefix_tuning.checkpoint import Checkpoints
+from prefix_tuning.methods import METHODS
 from prefix_tuning.objectives import OBJECTIVES
+from prefix_tuning.registry import named
 from prefix_tuning.train_step import make_train_step
-from prefix_tuning.types import Adaptation, Batch, TrainState, count
+from prefix_tuning.types import Batch, TrainState, count
 
-M = 9  # the width of the MLP
+M = 9  # the width of small networks and bottlenecks
 TEXT = {"init": "text", "text": "dabec"}
+FIT = {"fit_steps": 20, "fit_learning_rate": 1e-2}
+EVERYTHING = {
+    "prefix": {"length": P},
+    "lora": {"rank": 2, "target_modules": ("q", "down")},
+    "adapter": {"bottleneck": M},
+}
 VARIANTS = {
     "prefix": {
         "random": {"length": P},
         "vocabulary": {"length": P, "init": "vocabulary"},
         "text": {"length": P, **TEXT},
         "mlp": {"length": P, "reparametrisation": M},
-        "mlp text": {"length": P, "reparametrisation": M, **TEXT, "fit_steps": 20, "fit_learning_rate": 1e-2},
+        "mlp text": {"length": P, "reparametrisation": M, **TEXT, **FIT},
         "dropout": {"length": P, "dropout": 0.4},
         "no shift": {"length": P, "shift": False},
+        "layers": {"length": P, "layers": (0, 2)},
+        "frozen slots": {"length": P, **TEXT, "frozen_slots": 2},
+        "gates": {"length": P, "gates": True},
     },
+    "infix": {
+        "direct": {"length": P},
+        "mlp": {"length": P, "reparametrisation": M},
+        "dropout": {"length": P, "reparametrisation": M, "dropout": 0.4},
+    },
+    "prompt": {
+        "random": {"length": P, "init": "random"},
+        "vocabulary": {"length": P, "population": 6},
+        "text": {"length": P, **TEXT},
+        "labels": {"length": P, "init": "labels", "labels": ("da", "bec")},
+        "mlp": {"length": P, "init": "random", "reparametrisation": M},
+    },
+    "ptuning": {
+        "lstm": {"length": P},
+        "mlp": {"length": P, "network": "mlp", "hidden": M},
+        "within": {"length": P, "network": "mlp", "template": "{rows:2}{prompt}{rows:3}"},
+        "after": {"length": P, "network": "mlp", "template": "{prompt}{rows:5}"},
+    },
+    "memory": {"elu": {}, "gelu": {"feature": "gelu"}},
+    "propagation": {"plain": {"length": P}},
+    "lora": {
+        "plain": {"rank": 2},
+        "all": {"rank": 2, "target_modules": ("all-linear",), "alpha": 5.0, "rslora": True},
+        "dropout": {"rank": 2, "dropout": 0.4},
+    },
+    "adapter": {
+        "houlsby": {"form": "houlsby", "bottleneck": M},
+        "pfeiffer": {"form": "pfeiffer", "bottleneck": M, "activation": "gelu"},
+        "lin": {"form": "lin", "bottleneck": M},
+        "parallel": {"form": "parallel", "bottleneck": M, "sublayer": "attention"},
+        "scaled": {"form": "scaled_parallel", "bottleneck": M, "scale": 3.0},
+    },
+    "finetune": {
+        "all": {},
+        "top": {"top_layers": 2},
+        "top and embedding": {"top_layers": 1, "embedding": True},
+        "biases": {"biases": True},
+    },
+    "compose": {
+        "three": {"parts": EVERYTHING},
+        "unipelt": {"parts": EVERYTHING, "gates": True},
+        "prompts": {"parts": {"prefix": {"length": 3}, "prompt": {"length": P, **TEXT}, "infix": {"length": 2}}},
+        "with biases": {"parts": {"finetune": {"biases": True}, "memory": {}, "propagation": {"length": P}}},
+    },
+}
+# Those that start as the base model exactly; what the others start with takes part in attention.
+IDENTITY = {
+    ("prefix", "gates"),
+    *((name, variant) for name in ("memory", "lora", "adapter", "finetune") for variant in VARIANTS[name]),
+}
+# What starts in one way only, whatever the key.
+KEYLESS = {
+    ("prefix", "text"),
+    ("prefix", "frozen slots"),
+    ("prompt", "text"),
+    ("memory", "elu"),
+    ("memory", "gelu"),
+    *(("finetune", variant) for variant in VARIANTS["finetune"]),
+}
+# Those that train something of another shape than the variants before them do: a step is compiled for each.
+FORMS = {
+    "prefix": ("random", "mlp", "dropout", "layers", "frozen slots", "gates"),
+    "infix": ("mlp", "dropout"),
+    "prompt": ("text", "mlp"),
+    "ptuning": ("lstm", "within"),
+    "memory": ("gelu",),
+    "propagation": ("plain",),
+    "lora": ("all", "dropout"),
+    "adapter": ("houlsby", "lin", "scaled"),
+    "finetune": ("all", "top and embedding", "biases"),
+    "compose": ("unipelt", "prompts", "with biases"),
 }
 CASES = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 EVERY = pytest.mark.parametrize(
@@ -37,285 +118,226 @@ EVERY = pytest.mark.parametrize(
     [(family, *case) for family in ("gpt2", "llama") for case in CASES],
     ids=lambda value: value.replace(" ", "_"),
 )
-BOTH = pytest.mark.parametrize("family", ["gpt2", "llama"])
+# What does not depend on the family is looked at on one.
+ONCE = pytest.mark.parametrize(
+    ("family", "name", "variant"), [("llama", *case) for case in CASES], ids=lambda value: value.replace(" ", "_")
+)
+# gpt2 takes the last form of each method, llama all of them
+STEPS = pytest.mark.parametrize(
+    ("family", "name", "variant"),
+    [("llama", name, variant) for name, forms in FORMS.items() for variant in forms]
+    + [("gpt2", name, forms[-1]) for name, forms in FORMS.items()],
+    ids=lambda value: value.replace(" ", "_"),
+)
+FORMED = pytest.mark.parametrize(
+    ("family", "name", "variant"),
+    [("llama", name, variant) for name, forms in FORMS.items() for variant in forms],
+    ids=lambda value: value.replace(" ", "_"),
+)
 
 
 def test_no_method_is_left_out():
-    assert set(VARIANTS) == set(METHODS)
-
-
-def tokenizer(text, add_special_tokens):
-    """Token 0 for a, 1 for b, ..."""
-    assert not add_special_tokens
-    return {"input_ids": [ord(letter) - ord("a") for letter in text]}
+    assert set(VARIANTS) == set(FORMS) == set(METHODS)
+    assert all(set(forms) <= set(VARIANTS[name]) for name, forms in FORMS.items())
 
 
 @pytest.fixture(scope="module")
 def started(twin):
-    """(family, name, variant) -> twin, method, and its trainable parameters from key 3, made once."""
+    """(family, name, variant) -> twin with what is kept beside the weights, method, trainable from key 3, made once."""
 
     @functools.cache
     def start(family, name, variant):
         made = twin(family)
-        method = METHODS[name](tokenizer, **VARIANTS[name][variant])
+        method = named("method", METHODS, {"name": name} | VARIANTS[name][variant], letters)
+        made = made._replace(frozen=method.prepare(jax.random.key(3), made.model, made.frozen))
         return made, method, method.init(jax.random.key(3), made.model, made.frozen)
 
     return start
 
 
+def prompted(method, row):
+    """A row of tokens with the virtual tokens where the method's template has them."""
+    tokens, used = [], V
+    for piece in template.pieces(method.template.replace("{prompt}", "x")):
+        tokens += list(row) if piece == "x" else range(used, used + piece)
+        used += 0 if piece == "x" else piece
+    return tokens
+
+
+def a_batch(method, seed=0):
+    rows = [prompted(method, row) for row in random_rows(seed)]
+    batch = one_a_row([(row, [1, 2]) for row in rows], length=T + P + 1)
+    return {field: getattr(batch, field) for field in Batch.__dataclass_fields__}
+
+
+def perturbed(trainable, seed=0):
+    """Every parameter moved, so that nothing is an identity any more."""
+    leaves, tree = jax.tree.flatten(trainable)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [x + 0.3 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
+
+
 def same(one, other):
     assert jax.tree.structure(one) == jax.tree.structure(other)
-    return all(
-        np.array_equal(np.asarray(a), np.asarray(b))
-        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    )
+    plain = [
+        [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x) for x in leaves]
+        for leaves in map(jax.tree.leaves, (one, other))
+    ]
+    return all(np.array_equal(a, b) for a, b in zip(*plain, strict=True))
 
 
-def test_every_method_is_here():
-    assert VARIANTS.keys() == METHODS.keys()
-
-
-@EVERY
+@ONCE
 def test_init_is_float32_and_a_function_of_the_key(started, family, name, variant):
     (_, _, model, frozen), method, trainable = started(family, name, variant)
     assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {jnp.dtype("float32")}
     assert same(trainable, method.init(jax.random.key(3), model, frozen))
-    if "text" in variant and "mlp" not in variant:
-        return  # the text says it all
-    assert not same(trainable, method.init(jax.random.key(4), model, frozen))
+    other = method.init(jax.random.key(4), model, frozen)
+    assert same(trainable, other) == ((name, variant) in KEYLESS)
+    assert setup.parameter_counts(method, model)["trained"] == count(trainable)
 
 
 @EVERY
+def test_fresh_is_the_base_model_or_is_declared_not_to_be(started, family, name, variant):
+    (_, _, model, frozen), method, trainable = started(family, name, variant)
+    rows = random_rows(5)
+    bare = prefix_tuning.logits(model, frozen, None, rows)
+    given = [prompted(method, row) for row in rows]
+    ours = prefix_tuning.logits(model, *method.bind(frozen, trainable), given)
+    identical = given == rows and all(np.array_equal(one, other) for one, other in zip(ours, bare, strict=True))
+    assert identical == ((name, variant) in IDENTITY)
+    moved = prefix_tuning.logits(model, *method.bind(frozen, perturbed(trainable)), given)
+    assert max(np.abs(one[-1] - other[-1]).max() for one, other in zip(moved, ours, strict=True)) > 1e-3
+
+
+@ONCE
 def test_bind_leaves_frozen_alone_and_draws_only_from_its_key(started, family, name, variant):
     (_, _, model, frozen), method, trainable = started(family, name, variant)
-    leaves = jax.tree.leaves(frozen)
+    trainable = perturbed(trainable)
     params, adaptation = method.bind(frozen, trainable)
-    assert all(one is other for one, other in zip(jax.tree.leaves(params), leaves, strict=True))
-    assert same(adaptation, method.bind(frozen, trainable, key=None)[1])
-    one, other, again = (method.bind(frozen, trainable, key=jax.random.key(i))[1] for i in (0, 1, 0))
-    assert same(one, again)
+    nn.check(adaptation, model.sites, rows=1)
+    if name != "finetune" and "biases" not in variant:
+        assert all(a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(frozen), strict=True))
+    assert same((params, adaptation), method.bind(frozen, trainable, key=None))
+    batch = a_batch(method)
+    tokens, lengths = batch["tokens"], (batch["segments"] > 0).sum(1)
+    hidden = jax.jit(lambda key: model.prefill(*method.bind(frozen, trainable, key=key), tokens, lengths, 13)[0])
+    one, other, again = (np.asarray(hidden(jax.random.key(i))) for i in (0, 1, 0))
+    np.testing.assert_array_equal(one, again)
     drawn = VARIANTS[name][variant].get("dropout", 0) > 0
-    assert same(one, other) != drawn
-    assert same(one, adaptation) != drawn
-    assert (adaptation.shift is None) == (variant == "no shift")
-    if name == "prefix":
-        kv = adaptation.decoder.kv["self"]
-        assert kv.k.shape == kv.v.shape == (L, P, *model.sites["decoder"].kv["self"])
-        assert adaptation.shift is None or adaptation.shift == P
-        assert not np.allclose(kv.k, kv.v)
+    assert np.array_equal(one, other) != drawn
 
 
-@EVERY
-def test_only_trainable_moves(started, family, name, variant):
+@ONCE
+def test_stored_is_all_that_is_needed(started, family, name, variant):
     (_, _, model, frozen), method, trainable = started(family, name, variant)
-    before, first = jax.device_get((frozen, trainable))
+    counts = setup.parameter_counts(method, model)
+    assert counts["frozen"] == count(model.specs)
+    assert counts["stored"] == count(jax.eval_shape(method.stored, frozen, trainable))
+    networks = "reparametrisation" in VARIANTS[name][variant] or name == "ptuning"
+    if networks:
+        assert counts["stored"] < counts["trained"]
+    elif (name, variant) != ("prefix", "frozen slots"):
+        assert counts["stored"] == counts["trained"]
+
+
+@STEPS
+def test_a_step_moves_only_what_is_trained_and_is_the_same_on_eight_devices(started, family, name, variant):
+    (_, _, model, frozen), method, trainable = started(family, name, variant)
+    before = jax.device_get(frozen)
     frozen = parallel.place(frozen)
     buffers = [shard.data.unsafe_buffer_pointer() for x in jax.tree.leaves(frozen) for shard in x.addressable_shards]
-    tx = optax.adam(1e-2)
-    state = TrainState(jnp.int32(0), trainable, tx.init(trainable), jax.random.key(0))
-    step = parallel.train_step(make_train_step(model, method, OBJECTIVES["lm"](), tx, axis=parallel.AXIS))
-    batch = one_a_row([(row, [1, 2]) for row in random_rows(0)], length=T + 1)
-    batch = parallel.split_batch({field: getattr(batch, field) for field in Batch.__dataclass_fields__})
-    state, sums = step(frozen, parallel.place(jax.tree.map(jnp.copy, state)), batch)
-    moved = jax.tree.map(lambda one, other: np.any(one != other), first, jax.device_get(state.trainable))
+    start = perturbed(trainable)  # where nothing is zero, so that everything has a gradient
+    tx = optax.sgd(1.0)  # its update is the gradient
+    batch = a_batch(method)
+    batch["mask"][3] = 0.0  # an uneven share for one of the devices
+
+    def fresh():
+        own = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
+        return TrainState(jnp.int32(0), own, tx.init(own), jax.random.key(0))
+
+    traces = []
+
+    def objective(*arguments):
+        traces.append(1)
+        return OBJECTIVES["lm"]()(*arguments)
+
+    def body(axis=None):
+        return make_train_step(model, method, objective, tx, axis=axis)
+
+    step = parallel.train_step(body(parallel.AXIS))
+    state, sums = step(frozen, parallel.place(fresh()), parallel.split_batch(batch))
+    moved = jax.tree.map(lambda a, b: np.any(np.asarray(a) != np.asarray(b)), start, jax.device_get(state.trainable))
+    # The embeddings of tokens that no example holds, and heads that a mask silences, are all that may rest.
     assert all(jax.tree.leaves(moved)), moved
-    assert sums["grad_norm"] > 0
-    assert sums["count"] == 16
+    assert sums["count"] == 2 * B - 2
+    traced = len(traces)
+    state, _ = step(frozen, state, parallel.split_batch(a_batch(method, seed=1)))
+    assert len(traces) == traced > 0
     assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))
     after = [shard.data.unsafe_buffer_pointer() for x in jax.tree.leaves(frozen) for shard in x.addressable_shards]
     assert after == buffers
     assert same(before, jax.device_get(frozen))
-    # nothing as large as a frozen weight is carried along
-    assert count(state.trainable) == count(trainable)
-    assert count(state.opt_state) == 2 * count(trainable) + 1
+    assert count(state.trainable) == count(trainable)  # nothing as large as a frozen weight is carried along
+
+    if VARIANTS[name][variant].get("dropout", 0) == 0:  # every device draws its own
+        one = jax.tree.map(lambda x: x[None], Batch(**batch))
+        alone, alone_sums = jax.jit(body())(before, fresh(), one)
+        first, _ = step(frozen, parallel.place(fresh()), parallel.split_batch(batch))
+        np.testing.assert_allclose(sums["loss"], alone_sums["loss"], rtol=1e-5)
+        pairs = zip(*map(jax.tree.leaves, (first.trainable, alone.trainable, start)), strict=True)
+        for ours, theirs, origin in pairs:
+            gradient = np.abs(np.asarray(theirs) - np.asarray(origin)).max()
+            np.testing.assert_allclose(ours, theirs, atol=2e-5 * max(1.0, gradient))
 
 
-# --- Prefix tuning: where it starts
+@pytest.mark.parametrize(("name", "variant"), CASES, ids=lambda value: value.replace(" ", "_"))
+def test_saved_is_loaded(started, tmp_path, name, variant):
+    (_, _, model, frozen), method, trainable = started("llama", name, variant)
+    trainable = perturbed(trainable)
+    tx = optax.adam(1e-3)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(TrainState(jnp.int32(7), trainable, tx.init(trainable), jax.random.key(0)))
+    checkpoints.wait()
+    restored, step = checkpoints.restore_trainable(setup.abstract_trainable(method, model))
+    checkpoints.close()
+    assert step == 7
+    assert same(trainable, restored)
+    rows = [prompted(method, row) for row in random_rows(5)]
+    ours = prefix_tuning.logits(model, *method.bind(frozen, trainable), rows)
+    theirs = prefix_tuning.logits(model, *method.bind(frozen, restored), rows)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
-@BOTH
-def test_text_starts_as_that_text_in_context(started, family):
-    (_, _, model, frozen), method, trainable = started(family, "prefix", "text")
-    rows = random_rows(5)
-    ours = prefix_tuning.logits(model, frozen, method.bind(frozen, trainable)[1], rows)
-    whole = prefix_tuning.logits(model, frozen, None, [[3, 0, 1, 4, 2, *row] for row in rows])
-    close(ours, [logits[P:] for logits in whole], 5e-6)
+@ONCE
+def test_weights_in_bfloat16_stay_so(started, family, name, variant):
+    """Everything trained is float32 and everything computed has the weights' dtype, or a scan would not trace."""
+    (_, _, model, frozen), method, trainable = started(family, name, variant)
+
+    def half(x):
+        return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype)
+
+    low = jax.tree.map(half, frozen)
+    shapes = jax.eval_shape(lambda key, frozen: method.init(key, model, frozen), jax.random.key(0), low)
+    assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    batch = Batch(**a_batch(method))
+    hidden = jax.eval_shape(lambda f, t: model.hidden(*method.bind(f, t, key=jax.random.key(0)), batch), low, trainable)
+    assert hidden.dtype == jnp.bfloat16
+    cache = jax.eval_shape(
+        lambda f, t: model.prefill(*method.bind(f, t), batch.tokens, batch.examples, batch.tokens.shape[1])[1],
+        low,
+        trainable,
+    )
+    assert cache.k.dtype == jnp.bfloat16
 
 
-def test_text_is_cut_repeated_or_sets_the_length(twin):
-    _, _, model, frozen = twin("llama")
-    made = {}
-    for length in (None, 3, 7):
-        method = prefix.make(tokenizer, length=length, **TEXT)
-        made[length] = method.init(jax.random.key(0), model, frozen)["v"]
-        assert made[length].shape[1] == method.bind(frozen, {"k": made[length], "v": made[length]})[1].shift
-    assert made[None].shape[1] == P
-    np.testing.assert_allclose(made[3], made[None][:, :3], atol=1e-6)
-    repeated = prefix.make(tokenizer, length=None, init="text", text="dabecda")
-    np.testing.assert_array_equal(made[7], repeated.init(jax.random.key(0), model, frozen)["v"])
-
-
-def test_vocabulary_starts_as_tokens_of_the_model(started):
-    (_, _, model, frozen), _, trainable = started("gpt2", "prefix", "vocabulary")
-    # The first layer's keys and values are a function of token and position alone.
-    every = [prefix.computed(model, frozen, jnp.full(P, token)) for token in range(model.vocabulary)]
-    for slot in range(P):
-        errors = [np.abs(x[slot, 0, 1] - trainable["v"][0, slot]).max() for x in every]
-        assert min(errors) < 1e-6 < sorted(errors)[1]
-
-
-@BOTH
-def test_random_has_the_scale_that_is_asked_for(twin, family):
-    _, _, model, frozen = twin(family)
-    trainable = prefix.make(None, length=50, scale=0.25).init(jax.random.key(0), model, frozen)
-    for x in trainable.values():
-        assert abs(x.mean()) < 0.02
-        assert abs(x.std() - 0.25) < 0.02
-    assert abs(np.corrcoef(np.ravel(trainable["k"]), np.ravel(trainable["v"]))[0, 1]) < 0.1
-
-
-def test_mlp_starts_as_the_released_code_does(twin):
-    """Embeddings N(0, 1); weights and biases of both layers U(+-1/sqrt(fan in)), torch's defaults for Linear."""
-    _, _, model, frozen = twin("llama")
-    width, D = 40, model.sites["decoder"].width
-    method = prefix.make(None, length=60, reparametrisation=width)
-    trainable = jax.jit(lambda key: method.init(key, model, frozen))(jax.random.key(0))
-    assert {name: jax.tree.map(jnp.shape, leaf) for name, leaf in trainable.items()} == {
-        "slots": (60, D),
-        "down": {"kernel": (D, width), "bias": (width,)},
-        "up": {"kernel": (width, L, 2, 2, 6), "bias": (L, 2, 2, 6)},
-    }
-    assert abs(trainable["slots"].mean()) < 0.1
-    assert abs(trainable["slots"].std() - 1) < 0.1
-    assert np.abs(trainable["slots"]).max() > 2.5  # which a truncated normal would not reach
-    for layer, fan_in in (("down", D), ("up", width)):
-        bound = fan_in**-0.5
-        for kind, x in trainable[layer].items():
-            assert 0.9 * bound < np.abs(x).max() <= bound, (layer, kind)
-            assert abs(x.std() / (bound / 3**0.5) - 1) < 0.2, (layer, kind)
-            assert abs(x.mean()) < 0.2 * bound, (layer, kind)
-
-
-def test_mlp_computes_equation_3(started):
-    (_, _, _, frozen), method, trainable = started("llama", "prefix", "mlp")
-    adaptation = method.bind(frozen, trainable)[1]
-    slots, down, up = (jax.device_get(trainable)[name] for name in ("slots", "down", "up"))
-    hidden = np.tanh(slots @ down["kernel"] + down["bias"])
-    table = hidden @ up["kernel"].reshape(M, -1) + up["bias"].reshape(-1)
-    layered = table.reshape(P, 2 * L, 2, 6)  # the released code's order: layer 0 keys, layer 0 values, layer 1 keys ...
-    for layer in range(L):
-        np.testing.assert_allclose(adaptation.decoder.kv["self"].k[layer], layered[:, 2 * layer], atol=1e-6)
-        np.testing.assert_allclose(adaptation.decoder.kv["self"].v[layer], layered[:, 2 * layer + 1], atol=1e-6)
-
-
-@BOTH
-def test_mlp_is_fitted_to_the_text(started, family):
-    (_, _, model, frozen), method, fitted = started(family, "prefix", "mlp text")
-    fresh = started(family, "prefix", "mlp")[2]  # from the same key
-    text = started(family, "prefix", "text")
-    target = text[1].bind(frozen, text[2])[1].decoder.kv["self"]
-
-    def error(trainable):
-        made = method.bind(frozen, trainable)[1].decoder.kv["self"]
-        return sum(np.square(a - b).mean() for a, b in ((made.k, target.k), (made.v, target.v)))
-
-    assert error(fitted) < 0.8 * error(fresh)
-    np.testing.assert_array_equal(fitted["slots"], fresh["slots"])
-    for layer in ("down", "up"):
-        for kind in ("kernel", "bias"):
-            assert np.abs(fitted[layer][kind] - fresh[layer][kind]).max() > 1e-3
-    none = prefix.make(tokenizer, length=P, reparametrisation=M, **TEXT, fit_steps=0)
-    assert same(none.init(jax.random.key(3), model, frozen), fresh)
-
-
-def test_dropout_keeps_the_mean_and_zeroes_its_share(twin):
-    frozen = twin("llama").frozen
-    method = prefix.make(None, length=200, dropout=0.25)
-    trainable = {name: jnp.ones((L, 200, 2, 6)) for name in ("k", "v")}
-    kv = method.bind(frozen, trainable, key=jax.random.key(0))[1].decoder.kv["self"]
-    for x in (kv.k, kv.v):
-        np.testing.assert_allclose(np.unique(x), [0, 4 / 3], rtol=1e-6)
-        assert abs((np.asarray(x) == 0).mean() - 0.25) < 0.02
-    assert (np.asarray(kv.k) != np.asarray(kv.v)).mean() > 0.3  # drawn apart
-
-
-# --- Counts, from shapes alone
-
-SIZES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20)}
-# Derived from the paper: stored after training, trained through the MLP of width 512.
-COUNTS = [
-    ("small", 5, 92_160, 9_853_184),
-    ("small", 10, 184_320, 9_857_024),
-    ("medium", 1, 49_152, 25_740_800),
-    ("medium", 5, 245_760, 25_744_896),
-    ("medium", 10, 491_520, 25_750_016),
-    ("medium", 20, 983_040, 25_760_256),
-    ("medium", 40, 1_966_080, 25_780_736),
-    ("large", 5, 460_800, 47_940_352),
-    ("large", 10, 921_600, 47_946_752),
-]
-
-
-@pytest.mark.parametrize(("size", "length", "stored", "trained"), COUNTS)
-def test_parameter_counts_are_the_papers(size, length, stored, trained):
-    layers, width, heads = SIZES[size]
-    config = {"model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": heads}
-    model = models.build(config | {"vocab_size": 50257, "n_positions": 1024})
-    assert count(model.specs) == {"small": 124_439_808, "medium": 354_823_168, "large": 774_030_080}[size]
-    for reparametrisation, wanted in ((512, trained), (None, stored)):
-        method = prefix.make(None, length=length, reparametrisation=reparametrisation)
-        shapes = jax.eval_shape(lambda frozen: method.init(jax.random.key(0), model, frozen), loading.abstract(model))  # noqa: B023
-        base = setup.Base(model, None, None, method, None, length)
-        assert setup.parameter_counts(base, shapes) == {
-            "trained": wanted,
-            "stored": stored,
-            "frozen": count(model.specs),
-        }
-        adaptation = setup.abstract_adaptation(method, model)
-        assert isinstance(adaptation, Adaptation)
-        assert setup.prefix_length(adaptation) == length
-
-
-# --- Options that cannot work
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"length": 0}, "method.length must be at least 1, got 0"),
-        ({"length": -3}, "method.length must be at least 1, got -3"),
-        ({"length": None}, "method.length=None takes the length of method.text, which is not given"),
-        ({"length": P, "dropout": 1.0}, r"method.dropout must be in \[0, 1\), got 1.0"),
-        ({"length": P, "dropout": -0.1}, r"method.dropout must be in \[0, 1\), got -0.1"),
-        ({"length": P, "init": "zeros"}, "unknown init 'zeros'; valid: random, text, vocabulary"),
-        ({"length": P, "scale": 2.0, **TEXT}, "method.scale goes with"),
-        ({"length": P, "scale": 2.0, "reparametrisation": M}, "method.scale goes with"),
-        ({"length": P, "scale": 0.0}, "scale > 0"),
-        ({"length": P, "fit_steps": 3, **TEXT}, "method.fit_steps and method.fit_learning_rate go with"),
-        ({"length": P, "fit_learning_rate": 0.1, "reparametrisation": M}, "method.fit_learning_rate go with"),
-        ({"length": P, "fit_steps": -1, "reparametrisation": M, **TEXT}, "fit_steps >= 0"),
-        ({"length": P, "text": "abc"}, "method.text goes with method.init='text' and nothing else"),
-        ({"length": P, "init": "vocabulary", "text": "abc"}, "method.text goes with method.init='text'"),
-        ({"length": P, "init": "text"}, "method.text goes with method.init='text'"),
-        ({"length": P, "init": "text", "text": ""}, "method.text='' has no tokens"),
-        ({"length": P, "reparametrisation": 0}, "method.reparametrisation must be a width of at least 1 or None"),
-    ],
-)
-def test_impossible_options_raise(given, message):
-    with pytest.raises(UserError, match=message):
-        prefix.make(tokenizer, **given)
-
-
-def test_text_without_a_tokenizer_raises():
-    with pytest.raises(UserError, match="needs a tokenizer, and the model's folder has none"):
-        prefix.make(None, length=P, **TEXT)
-
-
-def test_config_section_of_a_method():
-    options = {"name": "prefix", "length": P, "lenght": 4}
-    with pytest.raises(UserError, match="unknown key in config section method: 'lenght'; valid: dropout, fit_"):
-        setup.named("method", METHODS, options, None)
-    with pytest.raises(UserError, match=r"unknown method\.name 'lora'; valid: prefix"):
-        setup.named("method", METHODS, {"name": "lora"}, None)
-    with pytest.raises(UserError, match="config section method lacks length"):
-        setup.named("method", METHODS, {"name": "prefix"}, None)
+@FORMED
+def test_decoding_is_the_full_forward(started, family, name, variant):
+    """What beam and greedy search read from the cache is what a forward pass over the whole row says."""
+    (_, _, model, frozen), method, trainable = started(family, name, variant)
+    params, adaptation = method.bind(frozen, perturbed(trainable))
+    rows = [prompted(method, row) for row in random_rows(5, lengths=(4, 1))]
+    new = prefix_tuning.generate(model, params, adaptation, rows, max_new_tokens=L, end_tokens=())
+    whole = prefix_tuning.logits(model, params, adaptation, [r + n for r, n in zip(rows, new, strict=True)])
+    for row, tokens, logits in zip(rows, new, whole, strict=True):
+        assert logits[len(row) - 1 : -1].argmax(-1).tolist() == tokens

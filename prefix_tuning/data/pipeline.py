@@ -14,6 +14,7 @@ import grain
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from prefix_tuning import template
 from prefix_tuning.errors import UserError
 
 WINDOW = 50  # batches sorted by length together: enough for little padding, few enough for a random order
@@ -61,23 +62,30 @@ def encode(
     completion: str,
     max_source: int | None,
     max_target: int | None,
+    virtual: int | None = None,
 ) -> list[Tokens]:
     """Tokenises the two templates for every row and ends each target with the end token, which `max_target` counts.
 
-    Templates are `str.format`'s over the columns, {bos} and {eos}.  Raises UserError for an unknown field, a prompt
+    Templates are `str.format`'s over the columns, {bos} and {eos}; in the prompt {rows:N} stands for the next N of the
+    tokens `virtual`, `virtual` + 1, ...  Raises UserError for an unknown field, a prompt
     without tokens and a tokenizer without an end token.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token (eos_token), which every target ends with")
     _at_least_one(max_target=max_target)
-    prompts = encode_prompts(dataset, tokenizer, prompt=prompt, max_source=max_source)
+    prompts = encode_prompts(dataset, tokenizer, prompt=prompt, max_source=max_source, virtual=virtual)
     completions = _tokenise(_render(completion, dataset[:], tokenizer), tokenizer)
     kept = None if max_target is None else max_target - 1
     return [Tokens(p, [*c[:kept], tokenizer.eos_token_id]) for p, c in zip(prompts, completions, strict=True)]
 
 
 def encode_prompts(
-    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, prompt: str, max_source: int | None
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt: str,
+    max_source: int | None,
+    virtual: int | None = None,
 ) -> list[list[int]]:
     """Tokenises the prompt template for every row, the column `source` cut after its first `max_source` tokens.
 
@@ -90,9 +98,19 @@ def encode_prompts(
         spans = tokenizer(columns["source"], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         cut = [s[max_source - 1][1] if len(s) > max_source else None for s in spans]
         columns["source"] = [text[:end] for text, end in zip(columns["source"], cut, strict=True)]
-    prompts = _tokenise(_render(prompt, columns, tokenizer), tokenizer)
+    prompts: list[list[int]] = [[] for _ in range(len(dataset))]
+    used = 0
+    for piece in template.pieces(prompt):
+        if isinstance(piece, str):
+            parts = _tokenise(_render(piece, columns, tokenizer), tokenizer)
+        elif virtual is None:
+            raise UserError(f"the prompt {prompt!r} has rows for virtual tokens; those come from method.template")
+        else:
+            parts = [list(range(virtual + used, virtual + used + piece))] * len(prompts)
+            used += piece
+        prompts = [[*before, *part] for before, part in zip(prompts, parts, strict=True)]
     for row, tokens in enumerate(prompts):
-        if not tokens:
+        if not any(virtual is None or token < virtual for token in tokens):
             raise UserError(f"row {row}: the prompt {prompt!r} has no tokens; expected at least one to predict from")
     return prompts
 
@@ -258,20 +276,20 @@ def _at_least_one(**numbers: int | None) -> None:
             raise UserError(f"{name} is {number}; expected at least 1")
 
 
-def _render(template: str, columns: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _render(text: str, columns: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The template filled in for every row."""
     special = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
     try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+        fields = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
     except ValueError as error:
-        raise UserError(f"template {template!r} is malformed: {error}") from error
+        raise UserError(f"template {text!r} is malformed: {error}") from error
     for field in sorted(fields):
         if field not in columns and field not in special:
-            raise UserError(f"template {template!r}: unknown field {field!r}; valid: {', '.join([*columns, *special])}")
+            raise UserError(f"template {text!r}: unknown field {field!r}; valid: {', '.join([*columns, *special])}")
         if field not in columns and special[field] is None:
-            raise UserError(f"template {template!r}: the tokenizer has no {field} token")
+            raise UserError(f"template {text!r}: the tokenizer has no {field} token")
     rows = zip(*columns.values(), strict=True)
-    return [template.format_map(special | dict(zip(columns, row, strict=True))) for row in rows]
+    return [text.format_map(special | dict(zip(columns, row, strict=True))) for row in rows]
 
 
 def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

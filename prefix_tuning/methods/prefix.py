@@ -1,46 +1,21 @@
 """Prefix tuning (Li & Liang 2021): every layer attends to P trained keys and values before the real ones."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import flax.linen
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
 from prefix_tuning.errors import UserError, valid
+from prefix_tuning.files import read_text
+from prefix_tuning.methods import rows
+from prefix_tuning.methods.rows import Reparametrisation, Tree
 from prefix_tuning.types import KV, Adaptation, LayerHooks, Method, Model, Params
 
 INITS = ("random", "vocabulary", "text")
-
-
-class Reparametrisation(flax.linen.Module):
-    """P embeddings and a tanh MLP that make the keys and values of all layers (eq. 3; the released code's shapes).
-
-    The paper's footnote has embeddings of the MLP's width; its code has them of the model's width, and so has this.
-    """
-
-    length: int  # P
-    embedding: int  # D
-    width: int  # M
-    out: tuple[int, ...]  # (L, 2, K, H), layer-major as in the released code
-
-    @flax.linen.compact
-    def __call__(self) -> Array:
-        """Keys and values [P L 2 K H]."""
-        slots = self.param("slots", flax.linen.initializers.normal(1.0), (self.length, self.embedding))
-        hidden = jnp.tanh(self.dense(self.width, self.embedding, "down")(slots))
-        return self.dense(self.out, self.width, "up")(hidden)
-
-    @staticmethod
-    def dense(features: int | tuple[int, ...], fan_in: int, name: str) -> flax.linen.Module:
-        """A layer with torch.nn.Linear's defaults, which the released code trains from: U(+-1/sqrt(fan_in)) twice."""
-        return flax.linen.DenseGeneral(
-            features,
-            kernel_init=flax.linen.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-            bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5),
-            name=name,
-        )
 
 
 def make(
@@ -50,24 +25,34 @@ def make(
     reparametrisation: int | None = None,
     init: str = "random",
     text: str | None = None,
+    text_file: str | None = None,
     scale: float | None = None,
     fit_steps: int | None = None,
     fit_learning_rate: float | None = None,
     dropout: float = 0.0,
-    shift: bool = True,
+    shift: bool | None = None,
+    layers: Sequence[int] | None = None,
+    frozen_slots: int = 0,
+    gates: bool = False,
 ) -> Method:
     """A `Method` that trains a prefix of `length` slots; length=None takes as many as `text` has tokens.
 
     `reparametrisation` is the MLP's width M, None for free keys and values.  `init` is "random" (normal with deviation
     `scale`, 1 unless given; with the MLP its own fresh weights), "vocabulary" (the keys and values that the frozen
-    model computes for random tokens) or "text" (for the first P tokens of `text`, repeated as often as needed); the MLP
-    is fitted to them by `fit_steps` of Adam at `fit_learning_rate`, 500 and 1e-4 unless given, as in the released
-    code's low-data recipe.  `dropout` is a probability on keys and values.  `shift` counts the prefix into the
-    positions of real tokens.  Raises `UserError`, also for an option that would do nothing.
+    model computes for random tokens) or "text" (for the first P tokens of `text`, or of the file `text_file`, repeated
+    as often as needed); the MLP is fitted to them by `fit_steps` of Adam at `fit_learning_rate`, 500 and 1e-4 unless
+    given, as in the released code's low-data recipe.  `dropout` is a probability on keys and values.  `shift` counts
+    the prefix into the positions of real tokens; None does unless there are gates.  `layers` are those with a prefix.
+    `frozen_slots` of the text's first slots stay as they are (Eyuboglu et al. 2025).  `gates` give the prefix a softmax
+    of its own times a gate per head that starts at 0 (Zhang et al. 2023): without a shift that is the base model, bit
+    for bit.  Raises `UserError`, also for an option that would do nothing.
     """
     valid("init", init, INITS)
-    if (text is not None) != (init == "text"):
-        raise UserError(f"method.text goes with method.init='text' and nothing else; got init={init!r}, text={text!r}")
+    if (text is not None) + (text_file is not None) != (init == "text"):
+        raise UserError(
+            "method.text or method.text_file goes with method.init='text' and nothing else; "
+            f"got init={init!r}, text={text!r}, text_file={text_file!r}"
+        )
     if scale is not None and (init != "random" or reparametrisation is not None):
         raise UserError("method.scale goes with method.init='random' and method.reparametrisation=None; drop it")
     if (fit_steps, fit_learning_rate) != (None, None) and (init == "random" or reparametrisation is None):
@@ -85,7 +70,8 @@ def make(
         )
     if not 0.0 <= dropout < 1.0:
         raise UserError(f"method.dropout must be in [0, 1), got {dropout}")
-    ids = words(tokenizer, text) if text is not None else None
+    given = text if text_file is None else read_text(Path(text_file))
+    ids = None if given is None else rows.words(tokenizer, given)
     if length is None:
         if ids is None:
             raise UserError("method.length=None takes the length of method.text, which is not given")
@@ -94,58 +80,103 @@ def make(
         raise UserError(f"method.length must be at least 1, got {length}")
     if reparametrisation is not None and reparametrisation < 1:
         raise UserError(f"method.reparametrisation must be a width of at least 1 or None, got {reparametrisation}")
+    if frozen_slots and init != "text":
+        raise UserError("method.frozen_slots are slots of a text; expected method.init='text'")
+    if not 0 <= frozen_slots < length:
+        raise UserError(f"method.frozen_slots must be at least 0 and below method.length={length}, got {frozen_slots}")
+    shift = not gates if shift is None else shift
+
+    def chosen(model: Model, stack: str) -> list[int]:
+        """The layers of a stack that have a prefix."""
+        depth = model.sites[stack].layers
+        numbers = list(range(depth)) if layers is None else list(layers)
+        if not numbers or len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(depth)):
+            raise UserError(f"method.layers={tuple(numbers)} must be different layers among 0 to {depth - 1}")
+        return sorted(numbers)
+
+    def prepare(key: Array, model: Model, frozen: Params) -> Params:
+        del key
+        if layers is None and not frozen_slots:
+            return frozen
+        kept: Tree = {}
+        text = rows.computed(model, frozen, jnp.resize(jnp.asarray(ids), length)) if frozen_slots else {}
+        for stack, sites in model.sites.items():
+            own = chosen(model, stack)
+            mask = jnp.zeros((sites.layers, length), bool).at[jnp.asarray(own)].set(True)
+            for site in sites.kv:
+                kept.setdefault(stack, {})[site] = {"mask": mask}
+                if frozen_slots:
+                    kept[stack][site] |= split(text[stack][site][:frozen_slots, jnp.asarray(own)])
+        return frozen | {"prefix": kept}
 
     def init_fn(key: Array, model: Model, frozen: Params) -> Params:
-        sites = model.sites["decoder"]
-        out = (sites.layers, 2, *sites.kv["self"])
-        start, fresh = jax.random.split(key)
+        start, _ = jax.random.split(key)
+        targets: Tree | None = None
         if ids is not None:
-            target = computed(model, frozen, jnp.resize(jnp.asarray(ids), length))
+            targets = rows.computed(model, frozen, jnp.resize(jnp.asarray(ids), length))
         elif init == "vocabulary":
-            target = computed(model, frozen, jax.random.randint(start, (length,), 0, model.vocabulary))
-        else:
-            target = None
-        if reparametrisation is None:
-            if target is None:
-                target = scale * jax.random.normal(start, (length, *out))
-            # Two buffers of their own, so that the step may donate them.
-            return {"k": jnp.moveaxis(target[:, :, 0], 0, 1), "v": jnp.moveaxis(target[:, :, 1], 0, 1)}
-        module = Reparametrisation(length, sites.width, reparametrisation, out)
-        trainable = module.init(fresh)["params"]
-        return trainable if target is None else fit(module, trainable, target, fit_steps, fit_learning_rate)
+            targets = rows.computed(model, frozen, jax.random.randint(start, (length,), 0, model.vocabulary))
+
+        def one(key: Array, stack: str, site: str) -> Params:
+            start, fresh = jax.random.split(key)
+            sites, own = model.sites[stack], chosen(model, stack)
+            out = (len(own), 2, *sites.kv[site])
+            target = None if targets is None else targets[stack][site][frozen_slots:, jnp.asarray(own)]
+            if reparametrisation is not None:
+                module = Reparametrisation(length - frozen_slots, sites.width, reparametrisation, out)
+                trainable = module.init(fresh)["params"]
+                if target is not None:
+                    trainable = fit(module, trainable, target, fit_steps, fit_learning_rate)
+            else:
+                trainable = split(scale * jax.random.normal(start, (length, *out)) if target is None else target)
+            if gates:
+                heads, groups = sites.kv[site][0], sites.groups[site]
+                trainable = trainable | {"gate": jnp.zeros((len(own), heads, groups))}
+            return trainable
+
+        return rows.at_sites(model, key, one)
+
+    def slots(frozen: Params, trainable: Params) -> Tree:
+        """Keys and values [l P K H] of the layers that have them, by stack and site, and their gates [l K G]."""
+
+        def one(stack: str, site: str, own: Params) -> dict[str, Array]:
+            if reparametrisation is None:
+                made = {"k": own["k"], "v": own["v"]}
+            else:
+                network = {name: leaf for name, leaf in own.items() if name != "gate"}
+                made = split(Reparametrisation.of(network).apply({"params": network}))
+            if frozen_slots:
+                sink = frozen["prefix"][stack][site]
+                made = {name: jnp.concatenate([sink[name], x], axis=1) for name, x in made.items()}
+            return made | ({"gate": jnp.tanh(own["gate"])} if gates else {})
+
+        return {k: {site: one(k, site, own) for site, own in sites.items()} for k, sites in trainable.items()}
 
     def bind(frozen: Params, trainable: Params, *, key: Array | None = None) -> tuple[Params, Adaptation]:
-        if reparametrisation is None:
-            k, v = trainable["k"], trainable["v"]
-        else:
-            out = trainable["up"]["bias"].shape
-            module = Reparametrisation(*trainable["slots"].shape, reparametrisation, out)
-            k, v = jnp.transpose(module.apply({"params": trainable}), (2, 1, 0, 3, 4))  # [2 L P K H]
-        if dropout and key is not None:
-            keep = jax.random.bernoulli(key, 1 - dropout, (2, *k.shape)) / (1 - dropout)
-            k, v = k * keep[0], v * keep[1]
-        hooks = LayerHooks(kv={"self": KV(k, v)})
-        return frozen, Adaptation(decoder=hooks, shift=jnp.int32(length) if shift else None)
+        hooks = {}
+        for stack, sites in slots(frozen, trainable).items():
+            kv = {}
+            for number, (site, made) in enumerate(sites.items()):
+                if dropout and key is not None:
+                    own = jax.random.fold_in(key, number + 8 * len(hooks)) if number or hooks else key
+                    keep = jax.random.bernoulli(own, 1 - dropout, (2, *made["k"].shape)) / (1 - dropout)
+                    made |= {"k": made["k"] * keep[0], "v": made["v"] * keep[1]}
+                mask = None
+                if layers is not None:
+                    mask = frozen["prefix"][stack][site]["mask"]
+                    where = jnp.asarray(sorted(layers))
+                    made = {n: jnp.zeros((len(mask), *x.shape[1:])).at[where].set(x) for n, x in made.items()}
+                # A gate of 0 already silences a layer, and a softmax over no slot at all would be NaN.
+                kv[site] = KV(made["k"], made["v"], None if gates else mask, made.get("gate"))
+            hooks[stack] = LayerHooks(kv=kv)
+        return frozen, Adaptation(**hooks, shift=jnp.int32(length) if shift else None)
 
-    return Method(init_fn, bind)
-
-
-def words(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of an initial text; raises `UserError` without a tokenizer or tokens."""
-    if tokenizer is None:
-        raise UserError("method.init='text' needs a tokenizer, and the model's folder has none")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise UserError(f"method.text={text!r} has no tokens")
-    return ids
+    return Method(init_fn, bind, prepare, slots)
 
 
-def computed(model: Model, frozen: Params, tokens: Array) -> Array:
-    """The keys and values [P L 2 K H] that the frozen model itself computes for tokens [P] as context, in float32."""
-    length = len(tokens)
-    prefill = jax.jit(model.prefill, static_argnums=4)
-    _, cache = prefill(frozen, Adaptation(), tokens[None], jnp.full(1, length, jnp.int32), length)
-    return jnp.stack([cache.k[:, 0], cache.v[:, 0]], axis=1).transpose(2, 0, 1, 3, 4).astype(jnp.float32)
+def split(table: Array) -> dict[str, Array]:
+    """Keys and values [l P K H], each a buffer of its own so that a step may donate them, of a table [P l 2 K H]."""
+    return {"k": jnp.moveaxis(table[:, :, 0], 0, 1), "v": jnp.moveaxis(table[:, :, 1], 0, 1)}
 
 
 def fit(module: Reparametrisation, trainable: Params, target: Array, steps: int, learning_rate: float) -> Params:

@@ -1,0 +1,94 @@
+"""Fine-tuning as a method: all weights, the top layers (FT-TOP2 of Li & Liang), or biases (Ben Zaken et al. 2022)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from prefix_tuning.errors import UserError
+from prefix_tuning.types import Adaptation, LayerHooks, Method, Model, Params
+
+OUTSIDE = ("embedding", "unembedding", "norm")  # what goes with the top layers: the released code's wte and ln_f
+
+
+def make(
+    tokenizer: Any, *, top_layers: int | None = None, embedding: bool | None = None, biases: bool = False
+) -> Method:
+    """A `Method` that trains a float32 copy of the weights: all, those of `top_layers`, or only the biases.
+
+    With `top_layers`, `embedding` says whether the embedding, the unembedding and the last norm are trained too, as in
+    one of the released code's two FT-TOP2 (the other trains 25,192,448 parameters of GPT-2 medium).  `biases` trains
+    every bias that the model has, or, in a model without any, one per projection that starts at 0.
+    Raises `UserError`, also for options that would do nothing.
+    """
+    del tokenizer
+    if embedding is not None and top_layers is None:
+        raise UserError(
+            "method.embedding goes with method.top_layers: without it all weights or all biases are trained"
+        )
+    if biases and top_layers is not None:
+        raise UserError("method.biases trains the biases of all layers; drop method.top_layers")
+    if top_layers is not None and (top_layers < 0 or (top_layers == 0 and not embedding)):
+        raise UserError(f"method.top_layers must be at least 1, or 0 with method.embedding=True; got {top_layers}")
+
+    def init_fn(key: Array, model: Model, frozen: Params) -> Params:
+        del key  # it starts as the model is
+        own = {name: frozen[name] for name in model.specs}
+        if top_layers is not None:
+            depth = model.sites["decoder"].layers
+            if top_layers > depth:
+                raise UserError(f"method.top_layers={top_layers} is more than the model has; expected at most {depth}")
+            kept = {name: own[name] for name in OUTSIDE if embedding and name in own}
+            top = {"layers": jax.tree.map(lambda x: x[depth - top_layers :], own["layers"])} if top_layers else {}
+            own = kept | top
+        if biases:
+            own = only_biases(own) or new_biases(model)
+        # A copy, also where the dtype is float32 already: a step donates what is trained.
+        return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), own)
+
+    def bind(frozen: Params, trainable: Params, *, key: Array | None = None) -> tuple[Params, Adaptation]:
+        del key  # nothing is drawn
+        if "hooks" in trainable:
+            return frozen, Adaptation(**{k: LayerHooks(bias=bias) for k, bias in trainable["hooks"].items()})
+        return replaced(frozen, trainable), Adaptation()
+
+    return Method(init_fn, bind)
+
+
+def only_biases(tree: Params) -> Params:
+    """The leaves called "bias", where they are; {} for none."""
+    kept = {}
+    for name, node in tree.items():
+        if isinstance(node, dict):
+            inside = only_biases(node)
+            kept |= {name: inside} if inside else {}
+        elif name == "bias":
+            kept[name] = node
+    return kept
+
+
+def new_biases(model: Model) -> Params:
+    """A bias of 0 for every projection [L out...] of a model that has none."""
+    hooks = {
+        stack: {
+            site: jnp.zeros((sites.layers, *projection.outer))
+            for site, projection in sites.projections.items()
+            if projection.part is None
+        }
+        for stack, sites in model.sites.items()
+    }
+    return {"hooks": hooks}
+
+
+def replaced(frozen: Params, trainable: Params) -> Params:
+    """The frozen tree with trained leaves in their places, in its dtype; one with fewer layers is of the top ones."""
+    merged = dict(frozen)
+    for name, new in trainable.items():
+        old = frozen[name]
+        if isinstance(new, dict):
+            merged[name] = replaced(old, new)
+        else:
+            new = new.astype(old.dtype)
+            merged[name] = new if new.shape == old.shape else jnp.concatenate([old[: len(old) - len(new)], new])
+    return merged

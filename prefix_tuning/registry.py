@@ -1,0 +1,29 @@
+"""Factories by name: a factory's keyword arguments are the schema of the config section that calls it."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from prefix_tuning.errors import UserError, valid
+
+
+def named(section: str, registry: dict[str, Callable], options: dict[str, Any], *arguments: Any) -> Any:
+    """Calls the factory that options["name"] stands for in the registry, with the other options."""
+    options = dict(options)
+    factory = registry[valid(f"{section}.name", options.pop("name", None), registry)]
+    return call(section, factory, options, *arguments)
+
+
+def call(section: str, factory: Callable, options: dict[str, Any], *arguments: Any) -> Any:
+    """factory(*arguments, **options), whose signature is the section's schema; raises `UserError` naming valid keys."""
+    parameters = list(inspect.signature(factory).parameters.values())[len(arguments) :]
+    known = [p.name for p in parameters]
+    for key in options:
+        valid(f"key in config section {section}:", key, known)
+    lacking = [p.name for p in parameters if p.default is p.empty and p.name not in options]
+    if lacking:
+        raise UserError(f"config section {section} lacks {', '.join(lacking)}")
+    try:
+        return factory(*arguments, **options)
+    except TypeError as error:  # a text where a number belongs
+        raise UserError(f"config section {section}: {error}") from error
