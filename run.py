@@ -31,7 +31,12 @@ def train(config: dict[str, Any], workdir: str) -> None:
     from prefix_tuning import progress
     from prefix_tuning.train import train as run
 
-    print(progress.table(run(config, workdir)))
+    if "compare" in config:
+        from prefix_tuning.compare import compare
+
+        print(compare(config, workdir))
+    else:
+        print(progress.table(run(config, workdir)))
 
 
 def evaluate(workdir: str, split: str) -> None:
@@ -63,12 +68,43 @@ def score(metrics: str, predictions: str, references: str, sources: str | None) 
         raise UserError(str(error)) from error
 
 
-def export(workdir: str, format: str, output: str) -> None:
-    """Writes what a workdir has trained for use elsewhere."""
+def export(workdir: str, format: str, output: str, combine: str, weights: str | None) -> None:
+    """Writes what a workdir has trained, or several at once, for use elsewhere."""
     from prefix_tuning import api
+    from prefix_tuning.errors import UserError
 
-    api.export_workdir(workdir, format, output)
+    try:
+        numbers = None if weights is None else [float(weight) for weight in weights.split(",")]
+    except ValueError:
+        raise UserError(f"--weights={weights!r} must be numbers with commas between them") from None
+    api.export_workdir(workdir.split(","), format, output, how=combine, weights=numbers)
     print(f"written to {output}")
+
+
+def params(config: dict[str, Any], file: str, budget: str | None) -> None:
+    """Prints what every method trains and stores on a config's model."""
+    from configs import common
+    from prefix_tuning import accounting
+
+    path, _, arg = file.partition(":")
+    rest = ",".join(part for part in arg.split(",") if part and not part.startswith("method="))
+    sections = {
+        name: load_config(f"{path}:{rest},method={name}").method.to_dict()
+        for name in [*common.METHODS, *common.PRESETS]
+    }
+    chosen = next((part.partition("=")[2] for part in arg.split(",") if part.startswith("method=")), "prefix")
+    sections[chosen] = config["method"]  # with what was overridden on the command line
+    print(accounting.table(config, sections, common.SIZES, budget))
+
+
+def inspect(workdir: str, split: str | None, examples: str) -> None:
+    """Writes and prints what a trained prefix or prompt does."""
+    from prefix_tuning import inspection
+    from prefix_tuning.errors import UserError
+
+    if not examples.isdigit() or not int(examples):
+        raise UserError(f"--examples={examples!r} must be a number of at least 1")
+    print(inspection.inspect_workdir(workdir, split, int(examples)))
 
 
 COMMANDS = {
@@ -87,7 +123,17 @@ COMMANDS = {
         score,
     ),
     "export": Command(
-        "what was trained, as PEFT's folder", {"workdir": REQUIRED, "format": "peft", "output": REQUIRED}, export
+        "what was trained, for use elsewhere; several workdirs, with commas between them, as one",
+        {"workdir": REQUIRED, "format": "peft", "output": REQUIRED, "combine": "concatenate", "weights": None},
+        export,
+    ),
+    "params": Command(
+        "what every method trains and stores, without weights", {"config": REQUIRED, "budget": None}, params
+    ),
+    "inspect": Command(
+        "which slots of a trained prefix or prompt do something",
+        {"workdir": REQUIRED, "split": None, "examples": "64"},
+        inspect,
     ),
 }
 
@@ -114,6 +160,8 @@ def parse(arguments: list[str]) -> tuple[Command, dict[str, Any], bool]:
     given = {option: values[option].value for option in command.options if option != "config"}
     if "config" in command.options:
         given["config"] = config and config.to_dict()
+        if command.run is params:
+            given["file"] = files[-1] if files else None
     missing = [f"--{o}" for o, default in command.options.items() if default is REQUIRED and not given[o]]
     if missing:
         raise flags.Error(f"{name} needs {' and '.join(missing)}")

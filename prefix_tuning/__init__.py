@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["generate", "load_adapter", "load_model", "logits", "save_adapter"]
+__all__ = ["combine_adapters", "generate", "load_adapter", "load_model", "logits", "save_adapter"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,12 +15,14 @@ from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.decode import DecodeConfig, make_generate
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import read_json, read_text, replace, write_json
-from prefix_tuning.interop import peft
+from prefix_tuning.interop import merged, peft
+from prefix_tuning.methods import compose
 from prefix_tuning.models import loading
 from prefix_tuning.record import WORKDIR
+from prefix_tuning.registry import call
 from prefix_tuning.types import Adaptation, Batch, Model, Params
 
-FORMATS = ("peft",)
+FORMATS = ("peft", "merged")
 
 
 def load_model(name: str, *, dtype: str = "float32") -> tuple[Model, Params, Any]:
@@ -41,11 +43,21 @@ def save_adapter(folder: str, adaptation: Adaptation, model: Model) -> None:
     peft.save_adapter(folder, adaptation, model, model.config.get("_name_or_path", ""))
 
 
+def combine_adapters(
+    adaptations: Sequence[Adaptation], how: str = "concatenate", weights: Sequence[float] | None = None
+) -> Adaptation:
+    """Several trained adaptations as one, without training: "concatenate", or "average" with weights (1/n each).
+
+    Raises `UserError` for averages of different shapes, and where two change the same thing.
+    """
+    return compose.combine(adaptations, how, weights)
+
+
 def logits(
     model: Model, frozen: Params, adaptation: Adaptation | None, rows: Sequence[Sequence[int]]
 ) -> list[np.ndarray]:
     """Next-token logits, float32 [T V] for each row of token ids, without padding."""
-    tokens, lengths = padded(model, rows)
+    tokens, lengths = padded(model, adaptation, rows)
     out = jax.device_get(full_logits(model.hidden, model.unembed)(frozen, adaptation or Adaptation(), tokens, lengths))
     return [out[b, :length] for b, length in enumerate(lengths)]
 
@@ -63,10 +75,10 @@ def generate(
 
     The end tokens are those of config.json unless `end_tokens` is given.
     """
-    tokens, lengths = padded(model, rows)
+    tokens, lengths = padded(model, adaptation, rows)
     end = model.config.get("eos_token_id")
     ends = options.pop("end_tokens", () if end is None else (end,) if isinstance(end, int) else tuple(end))
-    config = setup.call("generate", DecodeConfig, {"end_tokens": ends, "pad_token": ends[0] if ends else 0} | options)
+    config = call("generate", DecodeConfig, {"end_tokens": ends, "pad_token": ends[0] if ends else 0} | options)
     run = generator(HashableModel(model), config)
     new, counts = jax.device_get(run(frozen, adaptation or Adaptation(), tokens, lengths, jax.random.key(seed)))
     return [[int(i) for i in new[b, :n] if int(i) not in ends] for b, n in enumerate(counts)]
@@ -106,14 +118,16 @@ def full_logits(hidden: Any, unembed: Any) -> Any:
     return run
 
 
-def padded(model: Model, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def padded(model: Model, adaptation: Adaptation | None, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [B T] padded on the right, lengths [B]); raises `UserError` for an empty row or an impossible id."""
+    virtual = 0 if adaptation is None or adaptation.rows is None else len(adaptation.rows)
+    known = model.vocabulary + virtual
     if not len(rows) or not all(len(row) for row in rows):
         raise UserError("expected at least one row, and at least one token id in each")
     for b, row in enumerate(rows):
         for i in row:
-            if not 0 <= i < model.vocabulary:
-                raise UserError(f"row {b} has token id {i}; valid: 0 to {model.vocabulary - 1}")
+            if not 0 <= i < known:
+                raise UserError(f"row {b} has token id {i}; valid: 0 to {known - 1}")
     lengths = np.array([len(row) for row in rows], np.int32)
     tokens = np.zeros((len(rows), lengths.max()), np.int32)
     for b, row in enumerate(rows):
@@ -140,7 +154,7 @@ def open_workdir(workdir: str) -> tuple[dict[str, Any], setup.Base, Params, Para
 def evaluate_workdir(workdir: str, split: str) -> dict[str, Any]:
     """Decodes and scores a split with a workdir's newest checkpoint; writes eval_SPLIT.json and the predictions."""
     config, base, frozen, trainable, step = open_workdir(workdir)
-    section = setup.call("evaluation", setup.Evaluation, config["evaluation"])
+    section = call("evaluation", setup.Evaluation, config["evaluation"])
     chosen = setup.make_split(config, base, split, section.examples)
     write = evaluate.make_writer(base, section.batch_size, seed=config["seed"])
     predictions = write(*base.method.bind(frozen, trainable), chosen.prompts)
@@ -168,8 +182,8 @@ def generate_file(workdir: str, source: str, output: str) -> int:
     if not Path(output).resolve().parent.is_dir():
         raise UserError(f"cannot write {output}: its folder does not exist")
     config, base, frozen, trainable, _ = open_workdir(workdir)
-    section = setup.call("evaluation", setup.Evaluation, config["evaluation"])
-    prompts = setup.make_prompts(config, base, rows)
+    section = call("evaluation", setup.Evaluation, config["evaluation"])
+    prompts = setup.make_prompts(base, rows)
     write = evaluate.make_writer(base, section.batch_size, seed=config["seed"])
     predictions = write(*base.method.bind(frozen, trainable), prompts)
     done = [row | {"prediction": prediction} for row, prediction in zip(rows, predictions, strict=True)]
@@ -177,9 +191,31 @@ def generate_file(workdir: str, source: str, output: str) -> int:
     return len(done)
 
 
-def export_workdir(workdir: str, format: str, output: str) -> None:
-    """Writes a workdir's newest adaptation in another format; raises `UserError` for what it cannot express."""
+def export_workdir(
+    workdirs: Sequence[str],
+    format: str,
+    output: str,
+    *,
+    how: str = "concatenate",
+    weights: Sequence[float] | None = None,
+) -> None:
+    """Writes a workdir's newest adaptation in another format, or that of several as one, combined without training.
+
+    Raises `UserError` for what the format cannot express, and for workdirs of different models.
+    """
     valid("format", format, FORMATS)
-    config, base, frozen, trainable, _ = open_workdir(workdir)
-    _, adaptation = jax.device_get(base.method.bind(frozen, trainable))
-    peft.save_adapter(output, adaptation, base.model, config["model"]["name"])
+    opened = [open_workdir(workdir) for workdir in workdirs]
+    config, base, frozen, trainable, _ = opened[0]
+    params, adaptation = jax.device_get(base.method.bind(frozen, trainable))
+    if len(opened) > 1:
+        others = {other["model"]["name"] for other, *_ in opened}
+        if len(others) > 1:
+            raise UserError(f"the workdirs adapt different models: {', '.join(sorted(others))}; expected one")
+        bound = [jax.device_get(base.method.bind(frozen, trainable)) for _, base, frozen, trainable, _ in opened]
+        if any(made[1] == Adaptation() for made in bound):
+            raise UserError("fine-tuned weights cannot be combined; expected adaptations such as prefixes")
+        adaptation = combine_adapters([made[1] for made in bound], how, weights)
+    if format == "merged":
+        merged.save(output, base.model, params, adaptation, base.tokenizer)
+    else:
+        peft.save_adapter(output, adaptation, base.model, config["model"]["name"])

@@ -10,16 +10,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
     ("errors",),
-    ("files",),
+    ("files", "registry", "template"),
     ("types",),
     ("nn",),
     ("models", "methods", "objectives", "data", "metrics"),
     ("train_step", "parallel", "decode", "checkpoint", "record", "interop", "optimizer"),
     ("setup", "progress"),
-    ("evaluate",),
+    ("evaluate", "accounting"),
     ("train",),
-    ("api",),
-    ("run", "experiments"),
+    ("api", "compare"),
+    ("inspection",),
+    ("run",),
+    ("experiments",),
 )
 HEIGHT = {name: level for level, names in enumerate(LEVELS) for name in names}
 WITHOUT_JAX = ("data", "metrics")
@@ -62,10 +64,10 @@ def violations(source, module, is_package=False):
             found.append(f"{where}: the package needs neither torch nor peft")
         if mine in WITHOUT_JAX and (top in THEIRS or theirs in ("types", "nn")):
             found.append(f"{where}: {mine} does not know JAX")
-        if theirs is None or theirs == mine:
+        if theirs is None or theirs == mine or (mine, theirs) == ("run", "configs"):
             continue
-        if theirs == "configs" or (mine == "configs" and theirs != "configs"):
-            found.append(f"{where}: configs are data, nobody imports them and they import nobody")
+        if theirs == "configs" or mine == "configs":
+            found.append(f"{where}: configs are data, only run.py reads them and they import nobody")
         elif theirs not in HEIGHT:
             found.append(f"{where}: it has no level")
         elif HEIGHT[theirs] >= HEIGHT[mine]:
@@ -114,7 +116,7 @@ def test_every_level_exists():
         ("prefix_tuning.api", "import run", "run is not below api"),
         ("prefix_tuning.setup", "from configs import common", "configs are data"),
         ("configs.common", "from prefix_tuning import api", "configs are data"),
-        ("experiments.table", "import run", "run is not below experiments"),
+        ("run", "from experiments import table", "experiments is not below run"),
         ("prefix_tuning.data.pipeline", "import jax.numpy as jnp", "data does not know JAX"),
         ("prefix_tuning.data.pipeline", "from prefix_tuning.types import Batch", "data does not know JAX"),
         ("prefix_tuning.metrics.e2e", "from jax import Array", "metrics does not know JAX"),
@@ -140,7 +142,8 @@ def test_planted_violation_is_found(module, source, message):
         ("prefix_tuning.interop.peft", "from prefix_tuning.models import loading\nimport numpy"),
         ("prefix_tuning.train_step", "import jax\nfrom prefix_tuning.types import Batch"),
         ("run", "from prefix_tuning import api, train\nfrom prefix_tuning.errors import UserError"),
-        ("experiments.table", "import prefix_tuning\nimport torch\nfrom experiments import other"),
+        ("experiments.table", "import prefix_tuning\nimport run\nimport torch\nfrom experiments import other"),
+        ("run", "def f():\n    from configs import common"),
         ("configs.e2e", "from configs import common"),
     ],
 )

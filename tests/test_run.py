@@ -12,12 +12,14 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+import torch
 import transformers
 
 import prefix_tuning
 import run
 from prefix_tuning import models, progress
 from prefix_tuning import train as loop
+from prefix_tuning.compare import compare
 from prefix_tuning.errors import UserError
 from prefix_tuning.files import read_lines
 from prefix_tuning.models import loading
@@ -262,7 +264,7 @@ def test_a_key_that_no_factory_knows_is_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "unknown command 'trian'; valid: train, eval, generate, score, export"),
+        (["trian"], "unknown command 'trian'; valid: train, eval, generate, score, export, params"),
         (["train"], "train needs --config and --workdir"),
         (["train", "--config=nope.py", "--workdir=w"], "there is no config file nope.py; shipped: configs/"),
         (["train", "--config={config}:qick", "--workdir=w"], "unknown config argument 'qick'; valid: method, quick"),
@@ -305,7 +307,89 @@ def test_eval_generate_and_export_restore_the_run(folder, finished, tmp_path, ca
     exported = (tmp_path / "peft" / "adapter_model.safetensors").read_bytes()
     assert exported == (workdir / "adapter" / "adapter_model.safetensors").read_bytes()
     assert run.main(["export", f"--workdir={workdir}", "--format=onnx", f"--output={tmp_path}/onnx"]) == 1
-    assert "unknown format 'onnx'; valid: peft" in capsys.readouterr().err
+    assert "unknown format 'onnx'; valid: merged, peft" in capsys.readouterr().err
+    assert run.main(["export", f"--workdir={workdir}", "--format=merged", f"--output={tmp_path}/merged"]) == 1
+    assert "only LoRA, biases and fine-tuned weights can be merged" in capsys.readouterr().err
+
+
+# --- Every method through the same commands
+
+
+@pytest.mark.parametrize("method", ["infix", "lora+prefix", "ft_top2"])
+def test_other_methods_train_evaluate_and_resume(folder, tmp_path, capsys, method):
+    """Virtual tokens in the data, a composition, weights of the model's own: the paths that a prefix does not take."""
+    common = ["--config.train.epochs=1", "--config.decode.max_new_tokens=3", f"--workdir={tmp_path}/w"]
+    assert run.main(["train", f"--config={folder}/config.py:method={method}", *common]) == 0
+    summary = json.loads((tmp_path / "w" / "summary.json").read_text())
+    assert summary["adapter"] is None  # PEFT cannot hold any of these
+    assert summary["parameters"]["trained"] == summary["parameters"]["stored"]
+    assert summary["seconds_per_step"] > 0
+    assert summary["peak_memory_mb"] > 50
+    capsys.readouterr()
+    assert run.main(["eval", f"--workdir={tmp_path}/w", "--split=test"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert {key: scores[key] for key in ("exact_match", "sacrebleu")} == {
+        key: summary["tuned"][key] for key in ("exact_match", "sacrebleu")
+    }
+    if method == "ft_top2":
+        assert run.main(["export", f"--workdir={tmp_path}/w", "--format=merged", f"--output={tmp_path}/m"]) == 0
+        reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+        tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")("abc>", add_special_tokens=False)[
+            "input_ids"
+        ]
+        model, params, _ = prefix_tuning.load_model(tmp_path / "m")
+        theirs = reference(torch.tensor([tokens])).logits[0].detach().numpy()
+        np.testing.assert_allclose(prefix_tuning.logits(model, params, None, [tokens])[0], theirs, atol=1e-4)
+    if method == "infix":
+        assert run.main(["inspect", f"--workdir={tmp_path}/w", "--examples=3"]) == 0
+        out = capsys.readouterr().out
+        assert "| virtual token | loss without |" in out
+        assert "the first target is read off here" in out
+
+
+def test_without_metrics_only_the_loss_is_computed(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.evaluate, "rows", None)  # what decoding would call
+    config = settings(folder, evaluation__metrics=(), train__epochs=1)
+    summary = loop.train(config, tmp_path / "w")
+    assert set(summary["tuned"]) == {"loss", "perplexity", "accuracy"}
+    assert summary["untuned"] == {}
+    assert list((tmp_path / "w" / "predictions").iterdir()) == []
+
+
+def test_compare_trains_every_variant_and_prints_a_line_each(folder, tmp_path, capsys):
+    config = settings(folder, train__epochs=1, decode__max_new_tokens=2)
+    shorter = config["method"] | {"length": 2}
+    config["compare"] = {"long": {"method": config["method"]}, "short": {"method": shorter}}
+    text = compare(config, tmp_path)
+    assert [line.split()[0] for line in text.splitlines()[1:4]] == ["untuned", "short", "long"]
+    stored = {
+        n: json.loads((tmp_path / n / "summary.json").read_text())["parameters"]["stored"] for n in ("long", "short")
+    }
+    assert stored["long"] * 2 == stored["short"] * 3
+    assert f"{stored['long']:,}" in text
+    assert compare(config, tmp_path) == text  # finished runs are not run again
+    for changes in ({"short": {}}, {"short": {"methods": {}}}):
+        with pytest.raises(UserError, match=r"config\.compare\.short changes .*; valid: seed, model"):
+            compare(config | {"compare": changes}, tmp_path)
+
+
+def test_several_workdirs_are_exported_as_one(folder, finished, tmp_path, capsys):
+    workdir = finished[0]
+    model, frozen, _ = prefix_tuning.load_model(folder / "model")
+    pair = f"--workdir={workdir},{workdir}"
+    assert run.main(["export", pair, f"--output={tmp_path}/both"]) == 0
+    one = prefix_tuning.load_adapter(workdir / "adapter", model, frozen).decoder.kv["self"]
+    both = prefix_tuning.load_adapter(tmp_path / "both", model, frozen).decoder.kv["self"]
+    np.testing.assert_array_equal(both.k, np.concatenate([one.k, one.k], axis=1))
+    mixed = ["--combine=average", "--weights=0.25,0.5", f"--output={tmp_path}/mean"]
+    assert run.main(["export", pair, *mixed]) == 0
+    mean = prefix_tuning.load_adapter(tmp_path / "mean", model, frozen).decoder.kv["self"]
+    np.testing.assert_allclose(mean.v, 0.75 * one.v, rtol=1e-6)
+    capsys.readouterr()
+    assert run.main(["export", pair, "--combine=average", "--weights=a,b", f"--output={tmp_path}/x"]) == 1
+    assert "--weights='a,b' must be numbers" in capsys.readouterr().err
+    assert run.main(["export", pair, "--combine=sum", f"--output={tmp_path}/x"]) == 1
+    assert "valid: average, concatenate" in capsys.readouterr().err
 
 
 def test_score_scores_any_two_files(tmp_path, capsys):

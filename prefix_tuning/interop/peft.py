@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -25,6 +26,12 @@ def save_adapter(folder: str | Path, adaptation: Adaptation, model: Model, base:
     kv = (adaptation.decoder.kv or {}).get("self")
     if kv is None or kv.k.ndim != 4:
         raise UserError("PEFT's prefix tuning holds one shared prefix of keys and values; this adaptation has none")
+    alone = Adaptation(LayerHooks(kv={"self": KV(kv.k, kv.v)}), adaptation.shift)
+    if jax.tree.structure(adaptation) != jax.tree.structure(alone):
+        raise UserError(
+            "PEFT's prefix tuning holds keys and values in every layer and nothing else; this adaptation also has "
+            "gates, layers without a prefix, or what another method trained"
+        )
     if adaptation.shift is None:
         raise UserError(
             "PEFT counts a prefix into the positions of real tokens; one trained with shift=False would differ"

@@ -1,0 +1,210 @@
+"""What a trained prefix or prompt does: who attends to its slots, how large they are, what each is worth."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import matplotlib.ticker
+import numpy as np
+from jax import Array
+
+from prefix_tuning import api, setup
+from prefix_tuning.data import pipeline
+from prefix_tuning.errors import UserError
+from prefix_tuning.files import guarded, replace
+from prefix_tuning.methods import compose
+from prefix_tuning.objectives import OBJECTIVES
+from prefix_tuning.registry import call, named
+from prefix_tuning.types import Adaptation, Batch, Model, Params
+
+WORDS = 5  # nearest vocabulary words of a row
+IDLE = 1e-3  # a slot whose removal changes the loss by less than this share of it does nothing that matters
+
+
+def inspect_workdir(workdir: str, split: str | None, examples: int) -> str:
+    """Inspects a workdir's newest checkpoint on `examples` pairs of a split (the one that training evaluates on).
+
+    Writes inspect.md, inspect.json and inspect.png there and returns the Markdown.  Raises `UserError` for a method
+    without slots, rows or virtual tokens.
+    """
+    config, base, frozen, trainable, step = api.open_workdir(workdir)
+    model, section = base.model, call("evaluation", setup.Evaluation, config["evaluation"])
+    params, adaptation = base.method.bind(frozen, trainable)
+    name = section.split if split is None else split
+    pairs = setup.make_split(config, base, name, section.examples).pairs[:examples]
+    objective = named("objective", OBJECTIVES, config["objective"])
+
+    folded = fold(model, params, adaptation)
+    virtual = 0 if adaptation.rows is None else len(adaptation.rows)
+    if folded.decoder.kv is None and not virtual:
+        kind = config["method"]["name"]
+        raise UserError(f"{workdir} holds {kind!r}, which has no slots to inspect; valid: prefixes, prompts, their kin")
+    batches = [
+        Batch(**batch)
+        for _, batch in pipeline.eval_batches(pairs, batch_size=min(section.batch_size, len(pairs)), shapes=2)
+    ]
+
+    @jax.jit
+    def loss_of(params: Params, adaptation: Adaptation, batch: Batch) -> tuple[Array, Array]:
+        loss, count, _ = objective(model, params, adaptation, batch)
+        return loss, count
+
+    def mean_loss(adaptation: Adaptation, batches: list[Batch] = batches) -> float:
+        sums = [jax.device_get(loss_of(params, adaptation, batch)) for batch in batches]
+        return float(sum(loss for loss, _ in sums) / sum(count for _, count in sums))
+
+    found: dict[str, Any] = {"step": step, "split": name, "pairs": len(pairs), "loss": mean_loss(folded)}
+    if folded.decoder.kv is not None:
+        found |= attention(model, params, folded, batches)
+        found["without"] = [mean_loss(remove(folded, slot)) for slot in range(len(found["mass"][0][0]))]
+    if virtual:
+        ids = range(model.vocabulary, model.vocabulary + virtual)
+        found["without_virtual"] = [
+            None if predicts(batches, token) else mean_loss(folded, without(batches, token)) for token in ids
+        ]
+    rows = [x for x in (adaptation.prompt, adaptation.rows) if x is not None]
+    if rows:
+        near = nearest(model, params, jnp.concatenate(rows))
+        found["words"] = [[base.tokenizer.decode([i]) for i in row] for row in near.tolist()]
+    text, folder = markdown(found), Path(workdir)
+    guarded(folder, lambda: replace(folder / "inspect.json", json.dumps(found) + "\n"))
+    guarded(folder, lambda: replace(folder / "inspect.md", text))
+    if "mass" in found:
+        guarded(folder, lambda: draw(found).savefig(folder / "inspect.png", dpi=120))
+        text += f"\nThe picture is {folder / 'inspect.png'}.\n"
+    return text
+
+
+def fold(model: Model, params: Params, adaptation: Adaptation) -> Adaptation:
+    """The same adaptation with its prompt as keys and values, behind those it has, so that slots can be removed."""
+    if adaptation.prompt is None:
+        return adaptation
+    _, cache = jax.jit(model.prefill, static_argnums=4)(
+        params, adaptation, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), 1
+    )
+    hooks = adaptation.decoder
+    if "kv" in (hooks.gate or {}):
+        raise UserError("a prompt beside a prefix with method.gates cannot be inspected: only the prefix is gated")
+    kv = compose.concatenate(hooks.kv["self"], cache.prompt) if hooks.kv else cache.prompt
+    return adaptation.replace(prompt=None, decoder=hooks.replace(kv={"self": kv}, prompt=None))
+
+
+def attention(model: Model, params: Params, adaptation: Adaptation, batches: list[Batch]) -> dict[str, Any]:
+    """The share of attention by layer, head and slot [L K*G P], and norms [L P] beside those of real tokens [L]."""
+    probe = jax.jit(model.probe)
+    sums, total = None, 0.0
+    for batch in batches:
+        tokens = float((np.asarray(batch.segments) > 0).sum())
+        read = jax.tree.map(lambda x, n=tokens: n * np.asarray(x, np.float64), probe(params, adaptation, batch))
+        sums, total = read if sums is None else jax.tree.map(np.add, sums, read), total + tokens
+    means = jax.tree.map(lambda x: x / total, sums)
+    mass = means["mass"]
+    return {
+        "mass": mass.reshape(len(mass), -1, mass.shape[-1]).tolist(),
+        **{name: means[name].mean(1).tolist() for name in means if name != "mass"},  # over heads
+    }
+
+
+def remove(adaptation: Adaptation, slot: int) -> Adaptation:
+    """The adaptation without one slot, in every layer; positions stay as they are."""
+    kv = adaptation.decoder.kv["self"]
+    mask = jnp.ones(kv.k.shape[:-2], bool) if kv.mask is None else kv.mask
+    hooks = adaptation.decoder.replace(kv={"self": kv.replace(mask=mask.at[..., slot].set(False))})
+    return adaptation.replace(decoder=hooks)
+
+
+def without(batches: list[Batch], token: int) -> list[Batch]:
+    """The batches with no position attending to one virtual token, nor to anything from it."""
+    return [batch.replace(segments=np.where(batch.tokens == token, 0, batch.segments)) for batch in batches]
+
+
+def predicts(batches: list[Batch], token: int) -> bool:
+    """Whether a target is read off at this virtual token, as the first one behind an infix is."""
+    return any(
+        ((np.take_along_axis(batch.tokens, batch.target_index, 1) == token) & (batch.mask > 0)).any()
+        for batch in batches
+    )
+
+
+def nearest(model: Model, params: Params, rows: Array) -> Array:
+    """The ids [R WORDS] of the vocabulary whose embeddings have the largest cosine with rows [R D]."""
+    table = model.embed(params, jnp.arange(model.vocabulary)).astype(jnp.float32)
+    table = table / jnp.linalg.norm(table, axis=1, keepdims=True)
+    return jax.lax.top_k((rows / jnp.linalg.norm(rows, axis=1, keepdims=True)) @ table.T, WORDS)[1]
+
+
+def verdict(loss: float, without: float) -> str:
+    """What removing a slot says of it."""
+    change = (without - loss) / loss
+    return "idle" if abs(change) < IDLE else "works" if change > 0 else "harms"
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The findings as tables: a line per slot, a line per layer."""
+    loss = found["loss"]
+    lines = [f"loss {loss:.4f} on {found['pairs']} pairs of the {found['split']} split, step {found['step']}", ""]
+    words = found.get("words", [])
+    if "mass" in found:
+        mass = np.asarray(found["mass"])  # [L heads P]
+        keys, values = np.asarray(found["key_norm"]), np.asarray(found["value_norm"])
+        lines += ["| slot | attention | key norm | value norm | loss without | change | | nearest words |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        first = mass.shape[-1] - (len(words) - len(found.get("without_virtual", [])))  # a prompt's rows come last
+        for slot in range(mass.shape[-1]):
+            removed = found["without"][slot]
+            said = ", ".join(map(repr, words[slot - first])) if words and slot >= first else ""
+            lines.append(
+                f"| {slot} | {mass[..., slot].mean():.2%} | {keys[:, slot].mean():.2f} | {values[:, slot].mean():.2f} "
+                f"| {removed:.4f} | {removed - loss:+.4f} | {verdict(loss, removed)} | {said} |"
+            )
+        lines += ["", "Share of attention that the slots receive together, by head; mean norms, slots / real tokens:"]
+        heads = mass.shape[1]
+        lines += ["", f"| layer | {' | '.join(f'head {h}' for h in range(heads))} | keys | values |"]
+        lines += ["|---" * (heads + 3) + "|"]
+        for layer, shares in enumerate(mass.sum(-1)):
+            norms = [
+                f"{own[layer].mean():.2f} / {found[f'token_{name}'][layer]:.2f}"
+                for name, own in (("key_norm", keys), ("value_norm", values))
+            ]
+            lines.append(f"| {layer} | {' | '.join(f'{share:.1%}' for share in shares)} | {' | '.join(norms)} |")
+    if "without_virtual" in found:
+        lines += ["", "| virtual token | loss without | change | | nearest words |", "|---|---|---|---|---|"]
+        own = words[len(words) - len(found["without_virtual"]) :]
+        for number, (removed, near) in enumerate(zip(found["without_virtual"], own, strict=True)):
+            said = ", ".join(map(repr, near))
+            change = "- | - | the first target is read off here"
+            if removed is not None:
+                change = f"{removed:.4f} | {removed - loss:+.4f} | {verdict(loss, removed)}"
+            lines.append(f"| {number} | {change} | {said} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: dict[str, Any]) -> matplotlib.figure.Figure:
+    """Attention by layer and head, and by layer and slot; norms by layer; what each slot is worth."""
+    mass = np.asarray(found["mass"])
+    figure = matplotlib.figure.Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for axis, values, label in ((axes[0, 0], mass.sum(-1), "head"), (axes[0, 1], mass.mean(1), "slot")):
+        image = axis.imshow(values, aspect="auto", vmin=0, cmap="viridis", interpolation="nearest")
+        figure.colorbar(image, ax=axis)
+        axis.set(xlabel=label, ylabel="layer", title=f"share of attention by {label}")
+    layers = range(len(mass))
+    for name, style in (("key", "C0"), ("value", "C1")):
+        axes[1, 0].plot(layers, np.asarray(found[f"{name}_norm"]).mean(1), style, label=f"{name}s of slots")
+        axes[1, 0].plot(layers, found[f"token_{name}_norm"], style, linestyle="--", label=f"{name}s of tokens")
+    axes[1, 0].set(xlabel="layer", ylabel="mean norm", ylim=(0, None), title="norms")
+    axes[1, 0].legend()
+    changes = np.asarray(found["without"]) - found["loss"]
+    colours = [{"works": "C2", "idle": "C7", "harms": "C3"}[verdict(found["loss"], x)] for x in found["without"]]
+    axes[1, 1].bar(range(len(changes)), changes, color=colours)
+    axes[1, 1].set(
+        xlabel="slot", ylabel="change of the loss", title="loss with the slot removed (grey: idle, red: harms)"
+    )
+    for axis in axes.flat:
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    for axis in axes[0]:
+        axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    return figure
