@@ -143,8 +143,8 @@ def attend(q: Array, k: Array, v: Array, mask: Array, prefixes: Sequence[KV] = (
         out = out + slot_values(weight, prefix, v.dtype)
     for prefix in prefixes:
         if prefix.gate is not None:
-            (weight,) = shared_softmax([slot_scores(q, prefix)])
-            out = out + prefix.gate[..., None].astype(v.dtype) * slot_values(weight, prefix, v.dtype)
+            own = slot_values(own_softmax(q, prefix), prefix, v.dtype)
+            out = out + prefix.gate[..., None].astype(v.dtype) * own
     return out
 
 
@@ -168,7 +168,7 @@ def slot_values(weights: Array, prefix: KV, dtype: jnp.dtype) -> Array:
 
 
 def shared_softmax(parts: Sequence[Array]) -> list[Array]:
-    """The softmax over the last axes of several score arrays together; a row of nothing but -inf is NaN alone."""
+    """The softmax over the last axes of several score arrays together; at least one score must be finite."""
     if len(parts) == 1:
         return [jax.nn.softmax(parts[0], axis=-1)]
     top = functools.reduce(jnp.maximum, (part.max(-1, keepdims=True) for part in parts))
@@ -176,6 +176,15 @@ def shared_softmax(parts: Sequence[Array]) -> list[Array]:
     weights = [jnp.exp(part - top) for part in parts]
     total = sum(part.sum(-1, keepdims=True) for part in weights)
     return [part / total for part in weights]
+
+
+def own_softmax(q: Array, prefix: KV) -> Array:
+    """The softmax [B K G T P] over the slots of a prefix alone; zeros where it has none."""
+    scores = slot_scores(q, prefix)
+    if prefix.mask is None:
+        return jax.nn.softmax(scores, axis=-1)
+    some = jnp.isfinite(scores).any(-1, keepdims=True)
+    return jnp.where(some, jax.nn.softmax(jnp.where(some, scores, 0.0), axis=-1), 0.0)
 
 
 def slot_statistics(q: Array, kv: KV, prefixes: Sequence[KV], mask: Array, real: Array) -> dict[str, Array]:
@@ -189,7 +198,7 @@ def slot_statistics(q: Array, kv: KV, prefixes: Sequence[KV], mask: Array, real:
         if prefix.gate is None:
             weights.append(shared.pop(0))
         else:
-            weights.append(prefix.gate[:, :, None, None] * shared_softmax([slot_scores(q, prefix)])[0])
+            weights.append(prefix.gate[:, :, None, None] * own_softmax(q, prefix))
     mean = real / real.sum()
 
     def norms(x):  # [P K H] or [B P K H] -> [K P]
@@ -249,6 +258,8 @@ def check(adaptation: Adaptation, sites: dict[str, Sites], rows: int) -> None:
         fits("prompt", adaptation.prompt, ("P", width), (rows, "P", width))
     if adaptation.rows is not None:
         fits("rows", adaptation.rows, ("R", width))
+    if adaptation.shift is not None:
+        fits("shift", adaptation.shift, (), (rows,))
     for stack in ("decoder", "encoder"):
         hooks = getattr(adaptation, stack)
         if stack in sites:
@@ -294,11 +305,19 @@ def check_stack(stack: str, hooks: LayerHooks, sites: Sites, rows: int) -> None:
         valid(f"sublayer of the {stack}", site, sites.adapters)
         valid("activation", adapter.activation, ACTIVATIONS)
         fits(f"adapter down at {stack}/{site}", adapter.down, (L, D, "M"))
-        fits(f"adapter up at {stack}/{site}", adapter.up, (L, adapter.down.shape[-1], D))
+        M = adapter.down.shape[-1]
+        fits(f"adapter up at {stack}/{site}", adapter.up, (L, M, D))
+        fits(f"adapter down_bias at {stack}/{site}", adapter.down_bias, (L, M))
+        fits(f"adapter up_bias at {stack}/{site}", adapter.up_bias, (L, D))
+        for name, x in (adapter.norm or {}).items():
+            fits(f"adapter norm {name} at {stack}/{site}", x, (L, D))
+        if adapter.parallel and site == "block":
+            raise UserError(f"an adapter at {stack}/block has nothing to be parallel to; valid: attention, mlp")
     for kind, gate in (hooks.gate or {}).items():
         if not getattr(hooks, valid("gate", kind, ("kv", "delta", "adapter"))):
             raise UserError(f"a gate for {kind} of the {stack} has nothing to gate")
         fits(f"gate {kind} of the {stack}", gate.w, (L, D))
+        fits(f"gate {kind}'s bias of the {stack}", gate.b, (L,))
     if hooks.prompt is not None:
         fits(f"prompt hook of the {stack}", hooks.prompt, (L, "P", D))
 

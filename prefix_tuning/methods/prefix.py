@@ -166,8 +166,7 @@ def make(
                     mask = frozen["prefix"][stack][site]["mask"]
                     where = jnp.asarray(sorted(layers))
                     made = {n: jnp.zeros((len(mask), *x.shape[1:])).at[where].set(x) for n, x in made.items()}
-                # A gate of 0 already silences a layer, and a softmax over no slot at all would be NaN.
-                kv[site] = KV(made["k"], made["v"], None if gates else mask, made.get("gate"))
+                kv[site] = KV(made["k"], made["v"], mask, made.get("gate"))
             hooks[stack] = LayerHooks(kv=kv)
         return frozen, Adaptation(**hooks, shift=jnp.int32(length) if shift else None)
 
