@@ -15,7 +15,7 @@ RATES = {
     "infix": 5e-3,
     "prompt": 3e-2,
     "ptuning": 1e-3,
-    "memory": 5e-3,
+    "memory": 5e-4,
     "propagation": 1e-2,
     "lora": 1e-3,
     "adapter": 3e-3,
