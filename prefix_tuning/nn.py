@@ -125,7 +125,7 @@ def causal_mask(segments: Array) -> Array:
     return (segments[:, :, None] == segments[:, None, :]) & (t[:, None] >= t[None, :])
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array, prefixes: Sequence[KV] = (), share: Array | None = None) -> Array:
+def attend(q: Array, k: Array, v: Array, mask: Array, prefixes: Sequence[KV] = ()) -> Array:
     """Attention of q [B T K G H] over k, v [B S K H] where mask [B T S] allows, and over every slot of the prefixes.
 
     A shared prefix [P K H] is never repeated over the batch: its scores and the real ones are arrays of their own under
