@@ -231,11 +231,15 @@ def main(arguments: list[str]) -> None:
     if not FLAGS.report:
         root.mkdir(parents=True, exist_ok=True)
         options = halve(options, root)
+        chosen = {}
         for method in FLAGS.methods:
             losses = search(root, FLAGS.config, method, options)
             print(f"{method}: validation loss by learning rate: {losses}", flush=True)
-            for seed in FLAGS.seeds if losses else ():
-                score(root, FLAGS.config, method, seed, min(losses, key=losses.get), options)
+            if losses:
+                chosen[method] = min(losses, key=losses.get)
+        for seed in FLAGS.seeds:  # outermost, so that what was cut short has every method
+            for method, learning_rate in chosen.items():
+                score(root, FLAGS.config, method, seed, learning_rate, options)
         if FLAGS.rounds:
             medians = time_steps(FLAGS.config, FLAGS.methods, options, FLAGS.rounds)
             (root / "seconds_per_step.json").write_text(json.dumps(medians, indent=2) + "\n")
