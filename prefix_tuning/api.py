@@ -204,18 +204,26 @@ def export_workdir(
     Raises `UserError` for what the format cannot express, and for workdirs of different models.
     """
     valid("format", format, FORMATS)
+    valid("way to combine", how, ("average", "concatenate"))
+    if len(workdirs) < 2 and (how != "concatenate" or weights is not None):
+        raise UserError("--combine and --weights are for several workdirs; expected --workdir=DIR,DIR or neither")
     opened = [open_workdir(workdir) for workdir in workdirs]
-    config, base, frozen, trainable, _ = opened[0]
-    params, adaptation = jax.device_get(base.method.bind(frozen, trainable))
+    config, base = opened[0][:2]
+    bound = [own.method.bind(frozen, trainable) for _, own, frozen, trainable, _ in opened]
+    params, adaptation = jax.device_get(bound[0])
     if len(opened) > 1:
         others = {other["model"]["name"] for other, *_ in opened}
         if len(others) > 1:
             raise UserError(f"the workdirs adapt different models: {', '.join(sorted(others))}; expected one")
-        bound = [jax.device_get(base.method.bind(frozen, trainable)) for _, base, frozen, trainable, _ in opened]
-        if any(made[1] == Adaptation() for made in bound):
+        if any(new_weights(one[2], made[0]) for one, made in zip(opened, bound, strict=True)):
             raise UserError("fine-tuned weights cannot be combined; expected adaptations such as prefixes")
-        adaptation = combine_adapters([made[1] for made in bound], how, weights)
+        adaptation = combine_adapters([jax.device_get(made) for _, made in bound], how, weights)
     if format == "merged":
         merged.save(output, base.model, params, adaptation, base.tokenizer)
     else:
         peft.save_adapter(output, adaptation, base.model, config["model"]["name"])
+
+
+def new_weights(frozen: Params, params: Params) -> bool:
+    """Whether a method's `bind` made weights of its own rather than handing on the frozen ones."""
+    return any(a is not b for a, b in zip(*map(jax.tree.leaves, (params, frozen)), strict=True))

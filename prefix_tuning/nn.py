@@ -85,9 +85,9 @@ def open_gates(hooks: LayerHooks, x: Array) -> LayerHooks:
 def gated(change: Array, hooks: LayerHooks, kind: str) -> Array:
     """change [B T ...], times the gate of this kind if there is one."""
     value = (hooks.gate or {}).get(kind)
-    return (
-        change if value is None else change * value.reshape(*value.shape, *[1] * (change.ndim - 2)).astype(change.dtype)
-    )
+    if value is None:
+        return change
+    return change * value.reshape(*value.shape, *[1] * (change.ndim - 2)).astype(change.dtype)
 
 
 def rotary_frequencies(config: dict[str, Any], head_size: int) -> Array:
@@ -281,6 +281,8 @@ def check_stack(stack: str, hooks: LayerHooks, sites: Sites, rows: int) -> None:
         where = f"{stack}/{site}"
         fits(f"prefix k at {where}", kv.k, (L, "P", *heads), (L, rows, "P", *heads))
         fits(f"prefix v at {where}", kv.v, kv.k.shape)
+        if kv.share is not None:
+            raise UserError(f"prefix share at {where} is made inside a layer; expected None, and a gate for kv")
         if kv.mask is not None:
             P = kv.k.shape[-3]
             fits(f"prefix mask at {where}", kv.mask, (L, P), (L, rows, P))
@@ -294,10 +296,14 @@ def check_stack(stack: str, hooks: LayerHooks, sites: Sites, rows: int) -> None:
         heads = sites.kv[valid(f"attention site of the {stack}", site, sites.kv)]
         for name, x in (("k", kv.k), ("v", kv.v)):
             fits(f"rows {name} at {stack}/{site}", x, (L, "R", *heads))
+        if (kv.mask, kv.gate, kv.share) != (None, None, None):
+            raise UserError(f"rows at {stack}/{site} have a mask, gate or share, which is for prefixes; valid: k, v")
     for site, delta in (hooks.delta or {}).items():
         shape = sites.projections[valid(f"projection of the {stack}", site, sites.projections)]
         fits(f"delta a at {stack}/{site}", delta.a, (L, *shape.inner, "R"))
         fits(f"delta b at {stack}/{site}", delta.b, (L, delta.a.shape[-1], *shape.outer))
+        if delta.keys is not None:
+            fits(f"delta keys at {stack}/{site}", delta.keys, (L,))
     for site, bias in (hooks.bias or {}).items():
         shape = sites.projections[valid(f"projection of the {stack}", site, sites.projections)]
         fits(f"bias at {stack}/{site}", bias, (L, *shape.outer))

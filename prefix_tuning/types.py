@@ -93,7 +93,8 @@ class Adaptation:
     """What to do differently inside a frozen model; `Adaptation()` is the pretrained model, exactly."""
 
     decoder: LayerHooks = LayerHooks()
-    shift: Array | None = None  # int32 [] or [B]: added to the position of every real token; None adds nothing
+    # int32 [] or [B], added to the position of every real token, at least the prompt's length; None adds nothing
+    shift: Array | None = None
     encoder: LayerHooks = LayerHooks()
     prompt: Array | None = None  # [P D] or [B P D]: embeddings that come before every example's first token
     rows: Array | None = None  # [R D]: embeddings of the virtual tokens, whose ids are V, V + 1, ...

@@ -22,7 +22,7 @@ from conftest import (
 import prefix_tuning
 from prefix_tuning import models, nn
 from prefix_tuning.errors import UserError
-from prefix_tuning.types import KV, Adaptation, LayerHooks
+from prefix_tuning.types import KV, Adaptation, Delta, LayerHooks
 
 BOTH = pytest.mark.parametrize("family", ["gpt2", "llama"])
 
@@ -207,6 +207,21 @@ def test_unknown_sites_and_unequal_pairs_raise(twin, family):
         cache = jax.eval_shape(lambda: model.prefill(frozen, Adaptation(), tokens, *prefill))[1]
         with pytest.raises(UserError, match=message):
             jax.eval_shape(model.decode, frozen, adaptation, cache, np.ones(2, int))
+
+
+def test_parts_that_would_do_nothing_raise(twin):
+    _, _, model, frozen = twin("llama")
+    kv = random_prefix(model, 0).decoder.kv["self"]
+    row = {"self": KV(kv.k[:, :1], kv.v[:, :1], mask=jnp.ones((len(kv.k), 1), bool))}
+    width = model.sites["decoder"].width
+    a, b = jnp.ones((len(kv.k), width, 2)), jnp.ones((len(kv.k), 2, *kv.k.shape[2:]))
+    for hooks, message in (
+        (LayerHooks(kv={"self": kv.replace(share=jnp.ones((1, 2)))}), "prefix share at decoder/self is made inside"),
+        (LayerHooks(rows=row), "rows at decoder/self have a mask, gate or share"),
+        (LayerHooks(delta={"k": Delta(a, b, keys=jnp.ones(2))}), r"delta keys at decoder/k has shape \(2,\); .* \[3\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prefix_tuning.logits(model, frozen, Adaptation(hooks, rows=jnp.ones((1, width))), [[1, 2]])
 
 
 # --- Attention itself

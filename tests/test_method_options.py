@@ -354,6 +354,17 @@ def test_what_cannot_be_combined(twin, lengths, arguments, message):
         prefix_tuning.combine_adapters(prefixes(model, frozen, *lengths), *arguments)
 
 
+def test_what_has_no_mean(twin):
+    _, _, model, frozen = twin("llama")
+    lora = make("lora", rank=2)
+    deltas = [lora.bind(frozen, lora.init(KEY, model, frozen))[1]] * 2
+    with pytest.raises(UserError, match="low-rank deltas and adapters cannot be averaged, being products"):
+        prefix_tuning.combine_adapters(deltas, "average")
+    (one, other), length = prefixes(model, frozen, P, P), jnp.int32(P + 1)
+    with pytest.raises(UserError, match="different masks or shifts; only equal ones can be averaged"):
+        prefix_tuning.combine_adapters([one, other.replace(shift=length)], "average")
+
+
 def test_two_that_change_one_thing_cannot_be_joined(twin):
     _, _, model, frozen = twin("llama")
     bound = lambda name, **o: (m := make(name, **o)).bind(frozen, m.init(KEY, model, frozen))[1]  # noqa: E731

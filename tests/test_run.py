@@ -390,6 +390,9 @@ def test_several_workdirs_are_exported_as_one(folder, finished, tmp_path, capsys
     assert "--weights='a,b' must be numbers" in capsys.readouterr().err
     assert run.main(["export", pair, "--combine=sum", f"--output={tmp_path}/x"]) == 1
     assert "valid: average, concatenate" in capsys.readouterr().err
+    alone = [f"--workdir={workdir}", "--combine=average", f"--output={tmp_path}/x"]
+    assert run.main(["export", *alone]) == 1
+    assert "--combine and --weights are for several workdirs" in capsys.readouterr().err
 
 
 def test_score_scores_any_two_files(tmp_path, capsys):

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from prefix_tuning.errors import UserError
+from prefix_tuning.errors import UserError, valid
 from prefix_tuning.registry import named
 from prefix_tuning.types import KV, Adaptation, Gate, LayerHooks, Method, Model, Params
 
@@ -142,7 +143,11 @@ def concatenate(one: KV, other: KV) -> KV:
 
 
 def interpolate(adaptations: Sequence[Adaptation], weights: Sequence[float] | None = None) -> Adaptation:
-    """The weighted mean of adaptations of one shape, weights 1/n unless given; raises `UserError` if shapes differ."""
+    """The weighted mean of adaptations of one shape, weights 1/n unless given.
+
+    Raises `UserError` if shapes, masks or shifts differ, and for deltas and adapters: the mean of two factors is not
+    the factor of a mean.
+    """
     weights = [1 / len(adaptations)] * len(adaptations) if weights is None else list(weights)
     if len(weights) != len(adaptations):
         raise UserError(f"{len(weights)} weights for {len(adaptations)} adaptations; expected one each")
@@ -153,9 +158,14 @@ def interpolate(adaptations: Sequence[Adaptation], weights: Sequence[float] | No
     if any(shape != shapes[0] for shape in shapes):
         raise UserError("the adaptations have different shapes; only equal ones can be averaged, others concatenated")
 
+    if any(hooks.delta or hooks.adapter for one in adaptations for hooks in (one.decoder, one.encoder)):
+        raise UserError("low-rank deltas and adapters cannot be averaged, being products; valid: prefixes and prompts")
+
     def mean(*leaves: Array) -> Array:
         if not jnp.issubdtype(jnp.result_type(leaves[0]), jnp.floating):
-            return leaves[0]  # a shift or a mask, alike in all of them
+            if any(not np.array_equal(leaf, leaves[0]) for leaf in leaves):
+                raise UserError("the adaptations have different masks or shifts; only equal ones can be averaged")
+            return leaves[0]
         return sum(weight * leaf for weight, leaf in zip(weights, leaves, strict=True))
 
     return jax.tree.map(mean, *adaptations)
@@ -163,12 +173,11 @@ def interpolate(adaptations: Sequence[Adaptation], weights: Sequence[float] | No
 
 def combine(adaptations: Sequence[Adaptation], how: str, weights: Sequence[float] | None = None) -> Adaptation:
     """Trained adaptations as one, without training: "concatenate", or "average" with weights that need not be equal."""
+    valid("way to combine", how, ("average", "concatenate"))
     if not adaptations:
         raise UserError("there is no adaptation to combine; expected at least one")
     if how == "average":
         return interpolate(adaptations, weights)
-    if how != "concatenate":
-        raise UserError(f"unknown way to combine {how!r}; valid: average, concatenate")
     if weights is not None:
         raise UserError("weights go with 'average'; prefixes one behind the other have none")
     return join(adaptations)

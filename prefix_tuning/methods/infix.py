@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prefix_tuning.errors import UserError
+from prefix_tuning.methods import rows
 from prefix_tuning.methods.prefix import split
 from prefix_tuning.methods.rows import Reparametrisation
 from prefix_tuning.types import KV, Adaptation, LayerHooks, Method, Model, Params
@@ -24,10 +25,8 @@ def make(
     del tokenizer
     if length < 1 or scale <= 0:
         raise UserError(f"method needs length >= 1 and scale > 0; got {length}, {scale}")
-    if reparametrisation is not None and reparametrisation < 1:
-        raise UserError(f"method.reparametrisation must be a width of at least 1 or None, got {reparametrisation}")
-    if not 0.0 <= dropout < 1.0:
-        raise UserError(f"method.dropout must be in [0, 1), got {dropout}")
+    rows.check_width(reparametrisation)
+    rows.check_dropout(dropout)
 
     def init_fn(key: Array, model: Model, frozen: Params) -> Params:
         del frozen
@@ -49,10 +48,7 @@ def make(
 
     def bind(frozen: Params, trainable: Params, *, key: Array | None = None) -> tuple[Params, Adaptation]:
         made = stored(frozen, trainable)
-        k, v = made["added"]["k"], made["added"]["v"]
-        if dropout and key is not None:
-            keep = jax.random.bernoulli(key, 1 - dropout, (2, *k.shape)) / (1 - dropout)
-            k, v = k * keep[0], v * keep[1]
-        return frozen, Adaptation(LayerHooks(rows={"self": KV(k, v)}), rows=made["rows"])
+        kv = KV(*rows.dropped(key, dropout, made["added"]["k"], made["added"]["v"]))
+        return frozen, Adaptation(LayerHooks(rows={"self": kv}), rows=made["rows"])
 
     return Method(init_fn, bind, stored=stored, template=f"{{prompt}}{{rows:{length}}}")

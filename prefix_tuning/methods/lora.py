@@ -35,8 +35,7 @@ def make(
         raise UserError(f"method.rank must be at least 1, got {rank}")
     if alpha is not None and alpha <= 0:
         raise UserError(f"method.alpha must be above 0 or None, got {alpha}")
-    if not 0.0 <= dropout < 1.0:
-        raise UserError(f"method.dropout must be in [0, 1), got {dropout}")
+    rows.check_dropout(dropout)
     if isinstance(target_modules, str) or not target_modules:
         raise UserError(f"method.target_modules={target_modules!r} must be a tuple of at least one name")
     scale = (rank if alpha is None else alpha) / (math.sqrt(rank) if rslora else rank)

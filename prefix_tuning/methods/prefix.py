@@ -68,18 +68,11 @@ def make(
             "method needs scale > 0, fit_steps >= 0 and fit_learning_rate > 0; "
             f"got {scale}, {fit_steps}, {fit_learning_rate}"
         )
-    if not 0.0 <= dropout < 1.0:
-        raise UserError(f"method.dropout must be in [0, 1), got {dropout}")
+    rows.check_dropout(dropout)
     given = text if text_file is None else read_text(Path(text_file))
     ids = None if given is None else rows.words(tokenizer, given)
-    if length is None:
-        if ids is None:
-            raise UserError("method.length=None takes the length of method.text, which is not given")
-        length = len(ids)
-    if length < 1:
-        raise UserError(f"method.length must be at least 1, got {length}")
-    if reparametrisation is not None and reparametrisation < 1:
-        raise UserError(f"method.reparametrisation must be a width of at least 1 or None, got {reparametrisation}")
+    length = rows.as_long_as(length, ids)
+    rows.check_width(reparametrisation)
     if frozen_slots and init != "text":
         raise UserError("method.frozen_slots are slots of a text; expected method.init='text'")
     if not 0 <= frozen_slots < length:
@@ -157,10 +150,8 @@ def make(
         for stack, sites in slots(frozen, trainable).items():
             kv = {}
             for number, (site, made) in enumerate(sites.items()):
-                if dropout and key is not None:
-                    own = jax.random.fold_in(key, number + 8 * len(hooks)) if number or hooks else key
-                    keep = jax.random.bernoulli(own, 1 - dropout, (2, *made["k"].shape)) / (1 - dropout)
-                    made |= {"k": made["k"] * keep[0], "v": made["v"] * keep[1]}
+                own = key if key is None else jax.random.fold_in(key, number + 8 * len(hooks))
+                made |= dict(zip("kv", rows.dropped(own, dropout, made["k"], made["v"]), strict=True))
                 mask = None
                 if layers is not None:
                     mask = frozen["prefix"][stack][site]["mask"]

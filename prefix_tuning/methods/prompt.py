@@ -36,6 +36,8 @@ def make(
     nothing.
     """
     valid("init", init, INITS)
+    if isinstance(labels, str):
+        raise UserError(f"method.labels={labels!r} must be a tuple of texts, one for each class")
     for name, value, wanted in (("text", text, "text"), ("labels", labels, "labels")):
         if (value is not None) != (init == wanted):
             raise UserError(f"method.{name} goes with method.init={wanted!r} and nothing else; got init={init!r}")
@@ -45,20 +47,14 @@ def make(
         raise UserError("method.population goes with an init of 'vocabulary' or 'labels'; drop it")
     if reparametrisation is not None and init != "random":
         raise UserError(f"method.reparametrisation starts from fresh weights; expected init='random', got {init!r}")
-    if reparametrisation is not None and reparametrisation < 1:
-        raise UserError(f"method.reparametrisation must be a width of at least 1 or None, got {reparametrisation}")
+    rows.check_width(reparametrisation)
     scale = 0.5 if scale is None else scale
     population = 5000 if population is None else population
     if scale <= 0 or population < 1:
         raise UserError(f"method needs scale > 0 and population >= 1; got {scale}, {population}")
     ids = None if text is None else rows.words(tokenizer, text)
     names = None if labels is None else [rows.words(tokenizer, label, "method.labels") for label in labels]
-    if length is None:
-        if ids is None:
-            raise UserError("method.length=None takes the length of method.text, which is not given")
-        length = len(ids)
-    if length < 1:
-        raise UserError(f"method.length must be at least 1, got {length}")
+    length = rows.as_long_as(length, ids)
     if names is not None and not 1 <= len(names) <= length:
         raise UserError(f"method.labels are {len(names)}; expected at least 1 and at most method.length={length}")
 

@@ -54,6 +54,37 @@ def uniform(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
     return jax.random.uniform(key, shape, jnp.float32, -(fan_in**-0.5), fan_in**-0.5)
 
 
+def check_width(reparametrisation: int | None) -> None:
+    """Raises `UserError` for an MLP that cannot be."""
+    if reparametrisation is not None and reparametrisation < 1:
+        raise UserError(f"method.reparametrisation must be a width of at least 1 or None, got {reparametrisation}")
+
+
+def check_dropout(dropout: float) -> None:
+    """Raises `UserError` for a probability that would drop everything, or is none."""
+    if not 0.0 <= dropout < 1.0:
+        raise UserError(f"method.dropout must be in [0, 1), got {dropout}")
+
+
+def dropped(key: Array | None, dropout: float, k: Array, v: Array) -> tuple[Array, Array]:
+    """Keys and values with some of their entries dropped, each drawn apart, and the others scaled up."""
+    if key is None or not dropout:
+        return k, v
+    keep = jax.random.bernoulli(key, 1 - dropout, (2, *k.shape)) / (1 - dropout)
+    return k * keep[0], v * keep[1]
+
+
+def as_long_as(length: int | None, ids: list[int] | None) -> int:
+    """The number of slots: `length`, or that of the text's tokens; raises `UserError` for none."""
+    if length is None:
+        if ids is None:
+            raise UserError("method.length=None takes the length of method.text, which is not given")
+        length = len(ids)
+    if length < 1:
+        raise UserError(f"method.length must be at least 1, got {length}")
+    return length
+
+
 def words(tokenizer: Any, text: str, option: str = "method.text") -> list[int]:
     """The token ids of an initial text; raises `UserError` without a tokenizer or tokens."""
     if tokenizer is None:
