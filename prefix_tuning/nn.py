@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,35 +125,70 @@ def causal_mask(segments: Array) -> Array:
     return (segments[:, :, None] == segments[:, None, :]) & (t[:, None] >= t[None, :])
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array, prefixes: Sequence[KV] = ()) -> Array:
+class Attention(NamedTuple):
+    """How a family turns queries and keys into scores."""
+
+    scale: float | None = None  # what queries are multiplied by; None is H ** -0.5
+    softcap: float | None = None  # c: scores become c tanh(score / c) before the mask (Gemma 2)
+
+
+PLAIN = Attention()
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array,
+    prefixes: Sequence[KV] = (),
+    *,
+    how: Attention = PLAIN,
+    bias: Array | None = None,
+) -> Array:
     """Attention of q [B T K G H] over k, v [B S K H] where mask [B T S] allows, and over every slot of the prefixes.
 
     A shared prefix [P K H] is never repeated over the batch: its scores and the real ones are arrays of their own under
     one softmax (He et al. 2021, eq. 5 is the same identity).  One with a `gate` has its own softmax and is added
-    (Zhang et al. 2023, eq. 5-8); a `share` scales keys and values (UniPELT, Mao et al. 2022).  The softmax is float32;
-    the result [B T K G H] has q's dtype.
+    (Zhang et al. 2023, eq. 5-8); a `share` scales keys and values (UniPELT, Mao et al. 2022).  `bias` [K G T S], or
+    [B K G T S], is added to the real scores; a slot has no place among the tokens, and so none.  The softmax is
+    float32; the result [B T K G H] has q's dtype.
     """
-    q = q * q.shape[-1] ** -0.5
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
-    beside = [slot_scores(q, prefix) for prefix in prefixes if prefix.gate is None]
-    weights = shared_softmax([scores, *beside])
+    q = scaled(q, how)
+    beside = [slot_scores(q, prefix, how) for prefix in prefixes if prefix.gate is None]
+    weights = shared_softmax([token_scores(q, k, mask, how, bias), *beside])
     out = jnp.einsum("bkgts,bskh->btkgh", weights[0].astype(v.dtype), v)
     for prefix, weight in zip((p for p in prefixes if p.gate is None), weights[1:], strict=True):
         out = out + slot_values(weight, prefix, v.dtype)
     for prefix in prefixes:
         if prefix.gate is not None:
-            own = slot_values(own_softmax(q, prefix), prefix, v.dtype)
+            own = slot_values(own_softmax(q, prefix, how), prefix, v.dtype)
             out = out + prefix.gate[..., None].astype(v.dtype) * own
     return out
 
 
-def slot_scores(q: Array, prefix: KV) -> Array:
+def scaled(q: Array, how: Attention) -> Array:
+    """Queries [... H] as scores are made of them."""
+    return q * (q.shape[-1] ** -0.5 if how.scale is None else how.scale)
+
+
+def capped(scores: Array, how: Attention) -> Array:
+    """Scores, squeezed into (-softcap, softcap) where the family does so."""
+    return scores if how.softcap is None else how.softcap * jnp.tanh(scores / how.softcap)
+
+
+def token_scores(q: Array, k: Array, mask: Array, how: Attention, bias: Array | None = None) -> Array:
+    """float32 scores [B K G T S] of scaled queries q [B T K G H] and keys k [B S K H]; -inf outside mask [B T S]."""
+    scores = capped(jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32), how)
+    return jnp.where(mask[:, None, None], scores if bias is None else scores + bias, -jnp.inf)
+
+
+def slot_scores(q: Array, prefix: KV, how: Attention) -> Array:
     """float32 scores [B K G T P] of scaled queries q [B T K G H]; -inf at slots that do not exist."""
     slots = "bpkh" if prefix.k.ndim == 4 else "pkh"
     scores = jnp.einsum(f"btkgh,{slots}->bkgtp", q, prefix.k.astype(q.dtype), preferred_element_type=jnp.float32)
     if prefix.share is not None:
         scores = scores * prefix.share[:, None, None, :, None]
+    scores = capped(scores, how)
     if prefix.mask is None:
         return scores
     mask = prefix.mask if prefix.mask.ndim == 1 else prefix.mask[:, None, None, None]
@@ -178,27 +213,28 @@ def shared_softmax(parts: Sequence[Array]) -> list[Array]:
     return [part / total for part in weights]
 
 
-def own_softmax(q: Array, prefix: KV) -> Array:
+def own_softmax(q: Array, prefix: KV, how: Attention) -> Array:
     """The softmax [B K G T P] over the slots of a prefix alone; zeros where it has none."""
-    scores = slot_scores(q, prefix)
+    scores = slot_scores(q, prefix, how)
     if prefix.mask is None:
         return jax.nn.softmax(scores, axis=-1)
     some = jnp.isfinite(scores).any(-1, keepdims=True)
     return jnp.where(some, jax.nn.softmax(jnp.where(some, scores, 0.0), axis=-1), 0.0)
 
 
-def slot_statistics(q: Array, kv: KV, prefixes: Sequence[KV], mask: Array, real: Array) -> dict[str, Array]:
+def slot_statistics(
+    q: Array, kv: KV, prefixes: Sequence[KV], mask: Array, real: Array, how: Attention = PLAIN
+) -> dict[str, Array]:
     """The attention [K G P] that slots get from the real [B T] queries on average, and norms [K P], of tokens' [K]."""
-    q = q * q.shape[-1] ** -0.5
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, kv.k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
-    shared = shared_softmax([scores, *(slot_scores(q, prefix) for prefix in prefixes if prefix.gate is None)])[1:]
+    q = scaled(q, how)
+    beside = [slot_scores(q, prefix, how) for prefix in prefixes if prefix.gate is None]
+    shared = shared_softmax([token_scores(q, kv.k, mask, how), *beside])[1:]
     weights = []
     for prefix in prefixes:
         if prefix.gate is None:
             weights.append(shared.pop(0))
         else:
-            weights.append(prefix.gate[:, :, None, None] * own_softmax(q, prefix))
+            weights.append(prefix.gate[:, :, None, None] * own_softmax(q, prefix, how))
     mean = real / real.sum()
 
     def norms(x):  # [P K H] or [B P K H] -> [K P]
