@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -119,10 +119,37 @@ def rotate(x: Array, positions: Array, frequencies: Array) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def segment_mask(segments: Array) -> Array:
+    """Who may see whom, bool [B T T], from segments [B T]: everything within the segment."""
+    return segments[:, :, None] == segments[:, None, :]
+
+
 def causal_mask(segments: Array) -> Array:
     """Who may see whom, bool [B T T], from segments [B T]: earlier tokens and itself, within the segment."""
     t = jnp.arange(segments.shape[1])
-    return (segments[:, :, None] == segments[:, None, :]) & (t[:, None] >= t[None, :])
+    return segment_mask(segments) & (t[:, None] >= t[None, :])
+
+
+def embedded(
+    embed: Callable[[Params, Array], Array], params: Params, adaptation: Adaptation, tokens: Array, vocabulary: int
+) -> tuple[Array, Array | None]:
+    """Embeddings [B T D] of tokens [B T], and which virtual token stands where [B T] (-1 none; None without any).
+
+    Ids from `vocabulary` on are rows of the adaptation.
+    """
+    if adaptation.rows is None:
+        return embed(params, tokens), None
+    index = jnp.maximum(tokens - vocabulary, -1)
+    x = embed(params, jnp.minimum(tokens, vocabulary - 1))
+    rows = adaptation.rows[jnp.maximum(index, 0)].astype(x.dtype)
+    return jnp.where((index >= 0)[..., None], rows, x), index
+
+
+def prompt_positions(adaptation: Adaptation) -> Array:
+    """Positions [1 P] or [B P] of a prompt: it ends where the real tokens begin, behind a prefix if there is one."""
+    length = adaptation.prompt.shape[-2]
+    end = jnp.int32(length) if adaptation.shift is None else adaptation.shift
+    return end.reshape(-1, 1) - length + jnp.arange(length)
 
 
 class Attention(NamedTuple):
@@ -289,7 +316,8 @@ def taken(adaptation: Adaptation) -> int:
 
 def check(adaptation: Adaptation, sites: dict[str, Sites], rows: int) -> None:
     """Raises `UserError` if the adaptation names a site, or has a shape, that this model does not offer."""
-    width = sites["decoder"].width
+    entry = "encoder" if "encoder" in sites else "decoder"
+    width = sites[entry].width
     if adaptation.prompt is not None:
         fits("prompt", adaptation.prompt, ("P", width), (rows, "P", width))
     if adaptation.rows is not None:
@@ -303,10 +331,10 @@ def check(adaptation: Adaptation, sites: dict[str, Sites], rows: int) -> None:
         elif jax.tree.leaves(hooks):
             raise UserError(f"this model has no {stack} to adapt; valid: {', '.join(sites)}")
     for name in ("prompt", "rows"):
-        given, added = getattr(adaptation, name), jax.tree.leaves(getattr(adaptation.decoder, name))
+        given, added = getattr(adaptation, name), jax.tree.leaves(getattr(getattr(adaptation, entry), name))
         if added and (given is None or any(x.shape[1] != given.shape[-2] for x in added)):
             got = "none" if given is None else str(given.shape)
-            raise UserError(f"decoder.{name} of shape {added[0].shape} adds to the rows of {name}, which has {got}")
+            raise UserError(f"{entry}.{name} of shape {added[0].shape} adds to the rows of {name}, which has {got}")
 
 
 def check_stack(stack: str, hooks: LayerHooks, sites: Sites, rows: int) -> None:

@@ -151,6 +151,7 @@ class Spec(NamedTuple):
         None  # how many axes (after L) are contracted; stored there as a matrix [in, out], for 0 as [out]
     )
     transposed: bool = False  # stored [out, in] instead, as torch.nn.Linear does
+    optional: bool = False  # not in every file of the family; left out of the tree where it is not
 
 
 class Projection(NamedTuple):
@@ -188,6 +189,19 @@ class Model(NamedTuple):
     prefill: Callable[..., tuple[Array, Cache]]
     decode: Callable[..., tuple[Array, Cache]]  # (params, adaptation, cache, tokens [B]) -> [B V], cache
     probe: Callable[[Params, Adaptation, Batch], dict[str, Array]]  # what attention does; see models/decoder.py
+    # (params, tokens [P]) -> stack -> site -> the `KV` [L P K H] that each layer computes for them
+    keys_values: Callable[[Params, Array], dict[str, dict[str, KV]]]
+    pool: Callable[[Params, Array], Array] | None = None  # (params, hidden [... D] of the first token); None: as it is
+
+    @property
+    def entry(self) -> str:
+        """The stack that reads the input: where a prompt goes."""
+        return "encoder" if "encoder" in self.sites else "decoder"
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model generates text."""
+        return "decoder" in self.sites
 
 
 def unchanged(key: Array, model: Model, frozen: Params) -> Params:

@@ -9,7 +9,7 @@ from jax import Array
 from prefix_tuning.errors import UserError
 from prefix_tuning.types import Adaptation, LayerHooks, Method, Model, Params
 
-OUTSIDE = ("embedding", "unembedding", "norm")  # what goes with the top layers: the released code's wte and ln_f
+OUTSIDE = ("embedding", "unembedding", "norm", "pooler")  # what goes with the top layers; for GPT-2 wte and ln_f
 
 
 def make(
@@ -34,9 +34,9 @@ def make(
 
     def init_fn(key: Array, model: Model, frozen: Params) -> Params:
         del key  # it starts as the model is
-        own = {name: frozen[name] for name in model.specs}
+        own = {name: frozen[name] for name in model.specs if name in frozen}
         if top_layers is not None:
-            depth = model.sites["decoder"].layers
+            depth = model.sites[model.entry].layers
             if top_layers > depth:
                 raise UserError(f"method.top_layers={top_layers} is more than the model has; expected at most {depth}")
             kept = {name: own[name] for name in OUTSIDE if embedding and name in own}

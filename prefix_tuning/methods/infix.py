@@ -30,25 +30,26 @@ def make(
 
     def init_fn(key: Array, model: Model, frozen: Params) -> Params:
         del frozen
-        sites = model.sites["decoder"]
+        sites = model.sites[model.entry]
         draw, fresh = jax.random.split(key)
         out = (sites.layers, 2, *sites.kv["self"])
         if reparametrisation is None:
             added = split(jnp.zeros((length, *out)))
         else:
             added = Reparametrisation(length, sites.width, reparametrisation, out).init(fresh)["params"]
-        return {"rows": scale * jax.random.normal(draw, (length, sites.width)), "added": added}
+        return {"rows": scale * jax.random.normal(draw, (length, sites.width)), "added": {model.entry: added}}
 
     def stored(frozen: Params, trainable: Params) -> Params:
         del frozen
-        added = trainable["added"]
+        ((stack, added),) = trainable["added"].items()
         if reparametrisation is not None:
             added = split(Reparametrisation.of(added).apply({"params": added}))
-        return {"rows": trainable["rows"], "added": added}
+        return {"rows": trainable["rows"], "added": {stack: added}}
 
     def bind(frozen: Params, trainable: Params, *, key: Array | None = None) -> tuple[Params, Adaptation]:
         made = stored(frozen, trainable)
-        kv = KV(*rows.dropped(key, dropout, made["added"]["k"], made["added"]["v"]))
-        return frozen, Adaptation(LayerHooks(rows={"self": kv}), rows=made["rows"])
+        ((stack, added),) = made["added"].items()
+        hooks = LayerHooks(rows={"self": KV(*rows.dropped(key, dropout, added["k"], added["v"]))})
+        return frozen, Adaptation(**{stack: hooks}, rows=made["rows"])
 
     return Method(init_fn, bind, stored=stored, template=f"{{prompt}}{{rows:{length}}}")

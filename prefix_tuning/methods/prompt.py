@@ -59,7 +59,7 @@ def make(
         raise UserError(f"method.labels are {len(names)}; expected at least 1 and at most method.length={length}")
 
     def init_fn(key: Array, model: Model, frozen: Params) -> Params:
-        width = model.sites["decoder"].width
+        width = model.sites[model.entry].width
 
         def embedded(tokens: Array) -> Array:
             return model.embed(frozen, tokens).astype(jnp.float32)

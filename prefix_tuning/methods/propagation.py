@@ -22,12 +22,13 @@ def make(tokenizer: Any, *, length: int, scale: float = 0.02) -> Method:
 
     def init_fn(key: Array, model: Model, frozen: Params) -> Params:
         del frozen
-        sites = model.sites["decoder"]
-        return {"prompt": scale * jax.random.normal(key, (sites.layers, length, sites.width))}
+        sites = model.sites[model.entry]
+        return {model.entry: scale * jax.random.normal(key, (sites.layers, length, sites.width))}
 
     def bind(frozen: Params, trainable: Params, *, key: Array | None = None) -> tuple[Params, Adaptation]:
         del key  # nothing is drawn
-        added = trainable["prompt"]
-        return frozen, Adaptation(LayerHooks(prompt=added), prompt=jnp.zeros(added.shape[1:]), shift=jnp.int32(length))
+        ((stack, added),) = trainable.items()
+        hooks = {stack: LayerHooks(prompt=added)}
+        return frozen, Adaptation(**hooks, prompt=jnp.zeros(added.shape[1:]), shift=jnp.int32(length))
 
     return Method(init_fn, bind)

@@ -79,7 +79,7 @@ def make(
 
     def init_fn(key: Array, model: Model, frozen: Params) -> Params:
         del frozen
-        return module(model.sites["decoder"].width).init(key)["params"]
+        return module(model.sites[model.entry].width).init(key)["params"]
 
     def stored(frozen: Params, trainable: Params) -> Params:
         del frozen

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.types import Adaptation, Model, Params
+from prefix_tuning.types import KV, Model, Params
 
 Tree = dict[str, dict[str, Any]]  # stack -> site -> ...
 
@@ -107,11 +107,12 @@ def frequent(tokenizer: Any, model: Model, population: int) -> Array:
 
 def computed(model: Model, frozen: Params, tokens: Array) -> Tree:
     """Keys and values [P L 2 K H], by stack and site, that the frozen model computes for tokens [P], in float32."""
-    length = len(tokens)
-    prefill = jax.jit(model.prefill, static_argnums=4)
-    _, cache = prefill(frozen, Adaptation(), tokens[None], jnp.full(1, length, jnp.int32), length)
-    kv = jnp.stack([cache.k[:, 0], cache.v[:, 0]], axis=1).transpose(2, 0, 1, 3, 4).astype(jnp.float32)
-    return {"decoder": {"self": kv}}
+    found = jax.jit(model.keys_values)(frozen, tokens)
+
+    def table(kv: KV) -> Array:
+        return jnp.stack([kv.k, kv.v], axis=1).transpose(2, 0, 1, 3, 4).astype(jnp.float32)
+
+    return jax.tree.map(table, found, is_leaf=lambda x: isinstance(x, KV))
 
 
 def at_sites(model: Model, key: Array, make: Callable[..., Any]) -> Tree:

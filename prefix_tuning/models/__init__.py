@@ -3,10 +3,17 @@
 from typing import Any
 
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.models import gpt2, llama
+from prefix_tuning.models import bert, distilbert, electra, gpt2, llama, roberta
 from prefix_tuning.types import Model
 
-MODELS = {"gpt2": gpt2, "llama": llama}
+MODELS = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "bert": bert,
+    "roberta": roberta,
+    "distilbert": distilbert,
+    "electra": electra,
+}
 
 
 def build(config: dict[str, Any], *, scan: bool = True) -> Model:

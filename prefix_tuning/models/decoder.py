@@ -60,21 +60,15 @@ def build(
         """Tokens [B T] as embeddings at their positions; ids from V on are rows of the adaptation."""
         nn.check(adaptation, all_sites, rows=tokens.shape[0])
         positions = nn.shifted(positions, adaptation)
-        if adaptation.rows is None:
-            return Stream(layer.place(params, layer.embed(params, tokens), positions), positions)
-        index = jnp.maximum(tokens - vocabulary, -1)
-        x = layer.embed(params, jnp.minimum(tokens, vocabulary - 1))
-        rows = adaptation.rows[jnp.maximum(index, 0)].astype(x.dtype)
-        return Stream(layer.place(params, jnp.where((index >= 0)[..., None], rows, x), positions), positions, index)
+        x, index = nn.embedded(layer.embed, params, adaptation, tokens, vocabulary)
+        return Stream(layer.place(params, x, positions), positions, index)
 
     def start_prompt(params: Params, adaptation: Adaptation, like: Array) -> Stream | None:
         """The prompt as a stream of its own, [1 P D] if all rows share it: it never sees what comes after it."""
         if adaptation.prompt is None:
             return None
         length, width = adaptation.prompt.shape[-2:]
-        end = jnp.int32(length) if adaptation.shift is None else adaptation.shift
-        # It ends where the real tokens begin, behind a prefix of keys and values if there is one.
-        positions = end.reshape(-1, 1) - length + jnp.arange(length)
+        positions = nn.prompt_positions(adaptation)
         shared = adaptation.prompt.ndim == 2 and len(positions) == 1 and not any(map(per_row, own(adaptation.decoder)))
         rows = 1 if shared else len(like)
         prompt = jnp.broadcast_to(adaptation.prompt.astype(like.dtype), (rows, length, width))
@@ -163,6 +157,12 @@ def build(
         logits = layer.unembed(params, layer.norm(params, x)[:, 0])
         return logits, cache.replace(k=k, v=v, valid=valid, slot=cache.slot + 1, position=cache.position + 1)
 
+    def keys_values(params: Params, tokens: Array) -> dict[str, dict[str, KV]]:
+        """What each layer computes for tokens [P], by stack and site, as [L P K H]."""
+        length = len(tokens)
+        cache = prefill(params, Adaptation(), tokens[None], jnp.full(1, length, jnp.int32), length)[1]
+        return {"decoder": {"self": KV(cache.k[:, 0], cache.v[:, 0])}}
+
     def probe(params: Params, adaptation: Adaptation, batch: Batch) -> dict[str, Array]:
         """What attention does with the slots before the first token, over the real tokens of a batch.
 
@@ -188,6 +188,7 @@ def build(
         prefill=prefill,
         decode=decode,
         probe=probe,
+        keys_values=keys_values,
     )
 
 

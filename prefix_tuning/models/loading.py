@@ -66,7 +66,8 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
 def load_weights(folder: Path, model: Model, dtype: str) -> Params:
     """The tree of `model.specs` [L ...] from the folder's *.safetensors, cast to dtype, still on the host.
 
-    Raises `UserError` listing every missing, unexpected and misshapen tensor.
+    Optional weights that the files lack are left out.  Raises `UserError` listing every missing, unexpected and
+    misshapen tensor.
     """
     numpy_dtype = np.dtype(DTYPES[valid("dtype", dtype, DTYPES)])
     files = sorted(folder.glob("*.safetensors"))
@@ -97,7 +98,8 @@ def load_weights(folder: Path, model: Model, dtype: str) -> Params:
             target = tree[path] if layer is None else tree[path][layer]
             value = tensor[:]
             target[...] = (value.T if spec.transposed else value).reshape(target.shape)
-    problems = (("missing", sorted(wanted.keys() - seen)), ("unexpected", unexpected), ("misshapen", misshapen))
+    needed = {name for name, (_, spec, _) in wanted.items() if not spec.optional}
+    problems = (("missing", sorted(needed - seen)), ("unexpected", unexpected), ("misshapen", misshapen))
     if any(rows for _, rows in problems):
         listed = "; ".join(
             f"{len(rows)} {kind}: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
@@ -115,6 +117,8 @@ def save_pretrained(folder: str | Path, model: Model, params: Params, dtype: str
     flat = flatten(params)
     tensors = {}
     for path, spec in paths(model.specs):
+        if path not in flat and spec.optional:
+            continue
         whole = np.asarray(flat[path]).astype(DTYPES[valid("dtype", dtype, DTYPES)])
         for name, layer in names(spec):
             value = whole if layer is None else whole[layer]
