@@ -51,6 +51,27 @@ FAMILIES = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},  # so that seven positions turn visibly
     },
 }
+BERT = {
+    "hidden_size": 10,
+    "num_attention_heads": K,
+    "intermediate_size": F,
+    "num_hidden_layers": L,
+    "max_position_embeddings": 32,
+    "vocab_size": V,
+}
+ENCODERS = {
+    "bert": BERT,
+    "roberta": BERT | {"type_vocab_size": 1, "pad_token_id": 1},
+    "electra": BERT | {"embedding_size": 10},
+    "distilbert": {
+        "dim": 10,
+        "n_heads": K,
+        "hidden_dim": F,
+        "n_layers": L,
+        "max_position_embeddings": 32,
+        "vocab_size": V,
+    },
+}
 
 
 def pytest_configure(config):
@@ -89,12 +110,16 @@ def twin(tmp_path_factory):
 
 def random_reference(family, **options):
     """transformers' model, every weight drawn: fresh ones have biases of 0 and scales of 1, which hide mistakes."""
-    config = transformers.AutoConfig.for_model(family, **FAMILIES[family] | options)
-    reference = transformers.AutoModelForCausalLM.from_config(config).eval()
+    if family in ENCODERS:
+        kind = options.pop("kind", transformers.AutoModel)
+        reference = kind.from_config(transformers.AutoConfig.for_model(family, **ENCODERS[family] | options)).eval()
+    else:
+        config = transformers.AutoConfig.for_model(family, **FAMILIES[family] | options)
+        reference = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in reference.named_parameters():
-            scale = "ln_" in name or "norm" in name
+            scale = "ln_" in name or "norm" in name.lower()
             weight.normal_(float(scale and name.endswith("weight")), 0.3, generator=generator)
     return reference
 
