@@ -88,7 +88,7 @@ def main(config):
     # ---- ours
     frozen = parallel.place(setup.load_weights(base, config))
     state = parallel.place(fresh_state(config, base, run, frozen))
-    step = parallel.train_step(make_train_step(base.model, base.method, run.objective, run.tx, axis=parallel.AXIS))
+    step = parallel.train_step(make_train_step(base.model, base.method, base.objective, run.tx, axis=parallel.AXIS))
 
     def our_step(batch):
         nonlocal state

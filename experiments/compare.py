@@ -152,7 +152,7 @@ def time_steps(config: str, methods: list[str], options: list[str], rounds: int)
         made = setup.make_run(settings, base)
         weights = weights or parallel.place(setup.loading.load_weights(base.folder, base.model, "float32"))
         frozen = base.method.prepare(jax.random.key(0), base.model, weights)
-        body = make_train_step(base.model, base.method, made.objective, made.tx, axis=parallel.AXIS)
+        body = make_train_step(base.model, base.method, base.objective, made.tx, axis=parallel.AXIS)
         state = parallel.place(fresh_state(settings, base, made, frozen))
         batch = parallel.split_batch(next(iter(made.data.batches(0))), made.train.accumulate)
         steps[method] = [parallel.train_step(body), frozen, state, batch]

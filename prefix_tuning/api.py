@@ -158,7 +158,7 @@ def evaluate_workdir(workdir: str, split: str) -> dict[str, Any]:
     chosen = setup.make_split(config, base, split, section.examples)
     write = evaluate.make_writer(base, section.batch_size, seed=config["seed"])
     predictions = write(*base.method.bind(frozen, trainable), chosen.prompts)
-    scores = {"step": step, "records": len(chosen.prompts), **evaluate.score(section.metrics, predictions, chosen)}
+    scores = {"step": step, "records": len(chosen.records), **evaluate.score(section.metrics, predictions, chosen)}
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluate.rows(predictions, chosen))
     replace(Path(workdir) / "predictions" / f"{split}.jsonl", lines)
     write_json(Path(workdir) / f"eval_{split}.json", scores)
@@ -226,4 +226,7 @@ def export_workdir(
 
 def new_weights(frozen: Params, params: Params) -> bool:
     """Whether a method's `bind` made weights of its own rather than handing on the frozen ones."""
-    return any(a is not b for a, b in zip(*map(jax.tree.leaves, (params, frozen)), strict=True))
+    return any(
+        a is not b
+        for a, b in zip(*map(jax.tree.leaves, ({name: params[name] for name in frozen}, frozen)), strict=True)
+    )

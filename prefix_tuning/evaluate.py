@@ -1,5 +1,6 @@
 """Decoding a split and scoring it: prompts -> texts -> metrics, and the loss on the same records."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,23 +8,48 @@ import jax
 import numpy as np
 
 from prefix_tuning import metrics, parallel
-from prefix_tuning.data import pipeline
+from prefix_tuning.data import pipeline, tasks
 from prefix_tuning.decode import make_generate
 from prefix_tuning.errors import UserError
 from prefix_tuning.setup import Base, Run, Split
-from prefix_tuning.types import Adaptation, Params
+from prefix_tuning.types import Adaptation, Batch, Params
 
+SHAPES = 4  # padded lengths that batches of what is chosen may have
 MULTIPLE = 32  # prompts are padded to multiples of this, so that few shapes are compiled
 
-Write = Callable[[Params, Adaptation, Sequence[Sequence[int]]], list[str]]
+# (params, adaptation, prompts) -> one text each
+Write = Callable[[Params, Adaptation, Sequence[Sequence[int]] | tasks.Encoded], list[str]]
 
 
 def make_writer(base: Base, batch_size: int, *, seed: int, check: Callable = lambda: None) -> Write:
-    """write(params, adaptation, prompts) -> one text each, in order; `check` runs between batches and may raise.
+    """write(params, adaptation, prompts) -> one answer each, in order; `check` runs between batches and may raise.
 
     Rows of a batch are spread over the local devices; raises `UserError` if batch_size does not divide evenly.
     """
     parallel.check_rows(batch_size)
+    return make_chooser(base, batch_size, check) if base.task else make_generator(base, batch_size, seed, check)
+
+
+def make_chooser(base: Base, batch_size: int, check: Callable) -> Write:
+    """Answers that are read off scores."""
+    predict = jax.jit(functools.partial(base.objective.predict, base.model))
+
+    def write(params: Params, adaptation: Adaptation, encoded: tasks.Encoded) -> list[str]:
+        scores: list[np.ndarray | None] = [None] * len(encoded.examples)
+        for indices, batch in pipeline.eval_batches(encoded.examples, batch_size=batch_size, shapes=SHAPES):
+            check()
+            rows = Batch(**jax.tree.map(parallel.split_rows, batch))
+            found = jax.device_get(predict(params, adaptation, rows))
+            for b, i in enumerate(indices):
+                if i >= 0:
+                    scores[i] = found[b]
+        return tasks.answers(base.task, encoded, scores)
+
+    return write
+
+
+def make_generator(base: Base, batch_size: int, seed: int, check: Callable) -> Write:
+    """Answers that are written."""
     generate = make_generate(base.model, base.decode)
     longest = base.model.max_positions and base.model.max_positions - base.prefix_length - base.decode.max_new_tokens
 
@@ -61,15 +87,16 @@ def rows(predictions: Sequence[str], split: Split) -> list[dict[str, Any]]:
 def mean_loss(
     step: Callable, frozen: Params, trainable: Params, split: Split, run: Run, *, check: Callable
 ) -> dict[str, float]:
-    """Loss as training normalises it, perplexity per token and next-token accuracy on a split's pairs."""
+    """Loss as training normalises it and accuracy on a split's pairs, and perplexity per token of what is written."""
     totals: dict[str, np.ndarray] = {}
     for _, batch in pipeline.eval_batches(split.pairs, batch_size=run.evaluation.batch_size, shapes=run.train.shapes):
         check()
         local = jax.tree.map(lambda x: x[:, 0], parallel.split_batch(batch))
         sums = jax.device_get(step(frozen, trainable, local))
         totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+    perplexity = {"perplexity": float(np.exp(totals["nll"] / totals["targets"]))} if "nll" in totals else {}
     return {
         "loss": float(totals["loss"] / totals["count"]),
-        "perplexity": float(np.exp(totals["nll"] / totals["targets"])),
+        **perplexity,
         "accuracy": float(totals["correct"] / totals["targets"]),
     }

@@ -16,8 +16,7 @@ from prefix_tuning.data import pipeline
 from prefix_tuning.errors import UserError
 from prefix_tuning.files import guarded, replace
 from prefix_tuning.methods import compose
-from prefix_tuning.objectives import OBJECTIVES
-from prefix_tuning.registry import call, named
+from prefix_tuning.registry import call
 from prefix_tuning.types import Adaptation, Batch, Model, Params
 
 WORDS = 5  # nearest vocabulary words of a row
@@ -35,7 +34,6 @@ def inspect_workdir(workdir: str, split: str | None, examples: int) -> str:
     params, adaptation = base.method.bind(frozen, trainable)
     name = section.split if split is None else split
     pairs = setup.make_split(config, base, name, section.examples).pairs[:examples]
-    objective = named("objective", OBJECTIVES, config["objective"])
 
     folded = fold(model, params, adaptation)
     virtual = 0 if adaptation.rows is None else len(adaptation.rows)
@@ -49,7 +47,7 @@ def inspect_workdir(workdir: str, split: str | None, examples: int) -> str:
 
     @jax.jit
     def loss_of(params: Params, adaptation: Adaptation, batch: Batch) -> tuple[Array, Array]:
-        loss, count, _ = objective(model, params, adaptation, batch)
+        loss, count, _ = base.objective.loss(model, params, adaptation, batch)
         return loss, count
 
     def mean_loss(adaptation: Adaptation, batches: list[Batch] = batches) -> float:

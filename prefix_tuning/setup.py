@@ -9,9 +9,10 @@ import jax
 import optax
 
 from prefix_tuning import data, models, nn
-from prefix_tuning.data import pipeline
+from prefix_tuning.data import pipeline, tasks
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError, valid
+from prefix_tuning.heads import with_head
 from prefix_tuning.methods import METHODS
 from prefix_tuning.metrics import METRICS
 from prefix_tuning.models import loading
@@ -57,18 +58,20 @@ class Base(NamedTuple):
     model: Model
     folder: Path
     tokenizer: Any
-    method: Method
+    method: Method  # with the objective's head, if it has one
+    objective: Objective
+    task: tasks.Task | None  # None: answers are generated
     text: dict[str, Any]  # how examples are tokenised, the method's template filled in
-    decode: DecodeConfig
+    decode: DecodeConfig | None
     prefix_length: int  # positions that the method takes from real tokens
 
 
 class Split(NamedTuple):
-    """Records to decode and score."""
+    """Records to answer and score."""
 
-    prompts: list[list[int]]
+    prompts: list[list[int]] | tasks.Encoded
     records: datasets.Dataset  # columns source, targets
-    pairs: list[pipeline.Tokens]  # for the loss
+    pairs: list[pipeline.Tokens] | list[pipeline.Example]  # for the loss
 
 
 class Run(NamedTuple):
@@ -76,7 +79,6 @@ class Run(NamedTuple):
 
     train: Train
     evaluation: Evaluation
-    objective: Objective
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     data: pipeline.TrainData
@@ -87,25 +89,43 @@ class Run(NamedTuple):
 def make_base(config: dict[str, Any]) -> Base:
     """Model, tokenizer, method and decoder, without the weights; raises `UserError` for anything that cannot work."""
     unknown = [key for key in config if key not in SECTIONS]
-    missing = [key for key in SECTIONS if key not in config]
+    missing = [key for key in SECTIONS if key not in config and key != "decode"]
     if unknown or missing:
         raise UserError(f"config has unknown sections {unknown} and lacks {missing}; expected {', '.join(SECTIONS)}")
     valid("model.dtype", config["model"].get("dtype", "float32"), loading.DTYPES)
     folder = loading.find_folder(resolve(config["model"]["name"]))
     model = models.build(loading.read_config(folder))
     tokenizer = loading.load_tokenizer(folder)
-    if tokenizer is None or tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{folder} has no tokenizer with an end token (eos_token); text cannot be read or written without"
-        )
+    if tokenizer is None:
+        raise UserError(f"{folder} has no tokenizer; text cannot be read without")
     method = named("method", METHODS, config["method"], tokenizer)
+    objective = named("objective", OBJECTIVES, config["objective"], tokenizer)
+    kind = config["objective"]["name"]
+    task = named("objective", tasks.TASKS, config["objective"]) if objective.predict else None
+    if (task is None) != ("decode" in config):
+        wrong = "lacks the section decode" if task is None else "has a section decode, which would do nothing"
+        raise UserError(f"a config with objective {kind!r} {wrong}")
+    if task is None and not model.writes:
+        raise UserError(
+            f"a {model.config['model_type']} model writes no text, which objective {kind!r} is about; "
+            f"valid: {', '.join(tasks.TASKS)}"
+        )
+    if kind == "choice" and one_text_a_row(method, model):
+        raise UserError(
+            "objective 'choice' reads several texts in a row, and an encoder's prompt belongs to one; "
+            "valid: method.name='ptuning' with a template, or a prefix"
+        )
+    if objective.head is not None:
+        method = with_head(method, objective.head)
     return Base(
         model=model,
         folder=folder,
         tokenizer=tokenizer,
         method=method,
+        objective=objective,
+        task=task,
         text=make_text(config["text"], method, model),
-        decode=make_decode(config["decode"], tokenizer),
+        decode=None if task else make_decode(config["decode"], tokenizer, folder),
         prefix_length=nn.taken(abstract_adaptation(method, model)),
     )
 
@@ -127,7 +147,7 @@ def load_weights(base: Base, config: dict[str, Any]) -> Params:
 
 
 def make_run(config: dict[str, Any], base: Base) -> Run:
-    """Data, objective and optimizer; raises `UserError` for anything that cannot work, lengths included."""
+    """Data and optimizer; raises `UserError` for anything that cannot work, lengths included."""
     train = call("train", Train, config["train"])
     evaluation = call("evaluation", Evaluation, config["evaluation"])
     for name in evaluation.metrics:
@@ -135,33 +155,59 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
     pairs = load_split(config, "train")
     if train.examples is not None:
         pairs = said(data.subsample, pairs, train.examples, config["seed"])
-    examples = said(call, "text", pipeline.encode, base.text, pairs, base.tokenizer)
-    check_lengths("train", base, max(len(x.prompt) + len(x.target) for x in examples))
+    if (
+        train.packing
+        and base.model.entry == "encoder"
+        and abstract_adaptation(base.method, base.model).prompt is not None
+    ):
+        raise UserError("train.packing puts several texts in a row, and an encoder's prompt belongs to one; drop it")
+    examples = encode(base, pairs)
+    check_lengths("train", base, pipeline.longest(examples))
     options = {"batch_size": train.batch_size, "epochs": train.epochs, "seed": config["seed"], "packing": train.packing}
     stream = said(pipeline.train_data, examples, **options, shapes=train.shapes, prefetch=train.prefetch)
     tx, schedule = call("optimizer", make_optimizer, config["optimizer"], stream.total_steps)
-    objective = named("objective", OBJECTIVES, config["objective"])
     split = make_split(config, base, evaluation.split, evaluation.examples)
     final = split
     if evaluation.final_split != evaluation.split:
         final = make_split(config, base, evaluation.final_split, evaluation.examples)
-    return Run(train, evaluation, objective, tx, schedule, stream, split, final)
+    return Run(train, evaluation, tx, schedule, stream, split, final)
 
 
 def make_split(config: dict[str, Any], base: Base, name: str, examples: int | None) -> Split:
-    """A split's records with their references grouped, `examples` of them drawn, always the same ones."""
+    """A split's records with their references, `examples` of them drawn, always the same ones."""
     pairs = load_split(config, name)
-    records = data.group_references(pairs)
+    records = data.group_references(pairs) if base.task is None else pairs
     if examples is not None:
         records = said(data.subsample, records, min(examples, len(records)), 0)
+    if base.task is not None:
+        encoded = make_prompts(base, records, name)
+        told = [{"source": base.task.source(row), "targets": base.task.references(row)} for row in encoded.rows]
+        return Split(encoded, datasets.Dataset.from_list(told), encoded.examples)
     kept = set(records["source"])
     pairs = pairs.select([i for i, source in enumerate(pairs["source"]) if source in kept])
-    prompts = make_prompts(base, records, name)
-    return Split(prompts, records, said(call, "text", pipeline.encode, base.text, pairs, base.tokenizer))
+    return Split(make_prompts(base, records, name), records, encode(base, pairs))
 
 
-def make_prompts(base: Base, records: datasets.Dataset | list[dict[str, Any]], name: str = "given") -> list[list[int]]:
-    """Token ids to decode from; raises `UserError` if one leaves no room for what may be generated."""
+def encode(base: Base, pairs: datasets.Dataset) -> list[pipeline.Tokens] | list[pipeline.Example]:
+    """Rows of a data set as examples to train on."""
+    if base.task is None:
+        return said(call, "text", pipeline.encode, base.text, pairs, base.tokenizer)
+    return said(
+        call, "text", base.task.encode, base.text, pairs, base.tokenizer, base.model.entry == "encoder"
+    ).examples
+
+
+def make_prompts(
+    base: Base, records: datasets.Dataset | list[dict[str, Any]], name: str = "given"
+) -> list[list[int]] | tasks.Encoded:
+    """What answers are made from; raises `UserError` if one leaves no room for what may be generated."""
+    if base.task is not None:
+        if isinstance(records, list):
+            records = datasets.Dataset.from_list(records)
+        first = base.model.entry == "encoder"
+        encoded = said(call, "text", base.task.encode, base.text, records, base.tokenizer, first)
+        check_lengths(name, base, pipeline.longest(encoded.examples))
+        return encoded
     if isinstance(records, list):
         records = datasets.Dataset.from_list([{"source": row["source"]} for row in records])
     options = {name: base.text[name] for name in ("prompt", "max_source", "virtual")}
@@ -177,8 +223,10 @@ def load_split(config: dict[str, Any], split: str) -> datasets.Dataset:
     return said(named, "dataset", data.DATASETS, section, path, split)
 
 
-def make_decode(section: dict[str, Any], tokenizer: Any) -> DecodeConfig:
+def make_decode(section: dict[str, Any], tokenizer: Any, folder: Path) -> DecodeConfig:
     """A `DecodeConfig`; its banned tokens are given as texts of one token each, its end token is the tokenizer's."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder} has no tokenizer with an end token (eos_token); text cannot be written without")
     options = dict(section)
     banned = []
     for text in options.pop("banned", ()):
@@ -211,6 +259,11 @@ def abstract_adaptation(method: Method, model: Model) -> Adaptation:
     return adaptation
 
 
+def one_text_a_row(method: Method, model: Model) -> bool:
+    """Whether rows may hold one text only: the rows of a prompt see the text in an encoder, and so belong to it."""
+    return model.entry == "encoder" and abstract_adaptation(method, model).prompt is not None
+
+
 def check_lengths(split: str, base: Base, longest: int) -> None:
     """Raises `UserError` if prefix and text do not fit the model's positions."""
     limit, length = base.model.max_positions, base.prefix_length
@@ -222,11 +275,15 @@ def check_lengths(split: str, base: Base, longest: int) -> None:
         )
 
 
-def parameter_counts(method: Method, model: Model) -> dict[str, int]:
-    """How many parameters are trained, stored once trained, and frozen."""
+def parameter_counts(method: Method, model: Model, frozen: Params | None = None) -> dict[str, int]:
+    """How many parameters are trained, stored once trained, and frozen: those of a file, or what any file must have."""
     trainable = abstract_trainable(method, model)
     stored = jax.eval_shape(method.stored, abstract_frozen(method, model), trainable)
-    return {"trained": count(trainable), "stored": count(stored), "frozen": count(model.specs)}
+    if frozen is None:
+        own = [spec for _, spec in loading.paths(model.specs) if not spec.optional]
+    else:
+        own = [frozen[name] for name in model.specs if name in frozen]
+    return {"trained": count(trainable), "stored": count(stored), "frozen": count(own)}
 
 
 def resolve(path: str) -> str:

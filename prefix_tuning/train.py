@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from prefix_tuning import evaluate, parallel, setup
 from prefix_tuning.checkpoint import Checkpoints
+from prefix_tuning.data.pipeline import without
+from prefix_tuning.data.tasks import Encoded
 from prefix_tuning.errors import UserError
 from prefix_tuning.files import read_json, read_lines, write_json
 from prefix_tuning.interop import peft
@@ -42,7 +44,7 @@ def train(config: dict[str, Any], workdir: str | Path) -> dict[str, Any]:
     with Stop() as stop:
         # ---- weights, steps, state
         frozen = parallel.place(weights)
-        body = make_train_step(base.model, base.method, run.objective, run.tx, axis=parallel.AXIS)
+        body = make_train_step(base.model, base.method, base.objective, run.tx, axis=parallel.AXIS)
         train_step = parallel.train_step(body)
         score = make_scorer(config, base, run, record, frozen, stop)
         state = fresh_state(config, base, run, frozen)
@@ -50,7 +52,7 @@ def train(config: dict[str, Any], workdir: str | Path) -> dict[str, Any]:
         first = int(state.step)
         # Lines beyond the checkpoint come again; so does its own evaluation, if that was cut short.
         record.start(lambda line: line["step"] < first + ("train/loss" in line or notes["evaluated"]))
-        counts = setup.parameter_counts(base.method, base.model)
+        counts = setup.parameter_counts(base.method, base.model, frozen)
         introduce(counts, run, first)
 
         # ---- the loop
@@ -97,7 +99,7 @@ def train(config: dict[str, Any], workdir: str | Path) -> dict[str, Any]:
     folder = export_adapter(base, config, frozen, state.trainable, record.workdir / "adapter")
     summary = {
         "split": run.evaluation.final_split,
-        "records": len(run.final.prompts),
+        "records": len(run.final.records),
         "untuned": untuned,
         "tuned": tuned,
         "parameters": counts,
@@ -106,7 +108,7 @@ def train(config: dict[str, Any], workdir: str | Path) -> dict[str, Any]:
         "workdir": str(record.workdir),
         "adapter": folder,
     }
-    scores = {"step": total, "records": len(run.final.prompts), **tuned}
+    scores = {"step": total, "records": len(run.final.records), **tuned}
     write_json(record.workdir / f"eval_{run.evaluation.final_split}.json", scores)
     write_json(summary_path, summary)
     return summary
@@ -140,13 +142,13 @@ def make_scorer(
 ) -> Callable[..., dict[str, float | None]]:
     """score(state, name, split) -> loss and metrics; it also records them, with the predictions and a few samples."""
     evaluation = run.evaluation
-    body = make_eval_step(base.model, base.method, run.objective, axis=parallel.AXIS)
+    body = make_eval_step(base.model, base.method, base.objective, axis=parallel.AXIS)
     step = parallel.eval_step(body)
     write = evaluate.make_writer(base, evaluation.batch_size, seed=config["seed"], check=stop.check)
 
     def score(state: TrainState, name: str, split: setup.Split) -> dict[str, float | None]:
         number = int(state.step)
-        say(f"step {number}: evaluating on {len(split.prompts)} records of the {name} split")
+        say(f"step {number}: evaluating on {len(split.records)} records of the {name} split")
         loss = evaluate.mean_loss(step, frozen, state.trainable, split, run, check=stop.check)
         prefix = "eval" if name == evaluation.split else name
         if not evaluation.metrics:  # the loss is all that is asked for, so nothing is decoded
@@ -172,20 +174,22 @@ def score_untuned(
 ) -> dict[str, float | None]:
     """The final split's scores without any adaptation; decoded once per workdir."""
     path, split = record.workdir / "predictions" / "untuned.jsonl", run.final
-    if not run.evaluation.metrics:
+    if not run.evaluation.metrics or base.objective.head is not None:  # a fresh head knows nothing
         return {}
     if path.exists():
         predictions = [row["prediction"] for row in read_lines(path)]
     else:
-        say(f"decoding {len(split.prompts)} records with the untuned model")
+        say(f"decoding {len(split.records)} records with the untuned model")
         write = evaluate.make_writer(base, run.evaluation.batch_size, seed=config["seed"], check=stop.check)
         predictions = write(frozen, Adaptation(), plain(split.prompts, base))
         record.predictions("untuned", evaluate.rows(predictions, split))
     return evaluate.score(run.evaluation.metrics, predictions, split)
 
 
-def plain(prompts: list[list[int]], base: setup.Base) -> list[list[int]]:
+def plain(prompts: list[list[int]] | Encoded, base: setup.Base) -> list[list[int]] | Encoded:
     """Prompts without virtual tokens, which the untuned model does not have."""
+    if isinstance(prompts, Encoded):
+        return prompts._replace(examples=[without(example, base.model.vocabulary) for example in prompts.examples])
     return [[token for token in prompt if token < base.model.vocabulary] for prompt in prompts]
 
 

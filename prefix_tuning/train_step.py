@@ -23,7 +23,7 @@ def make_train_step(
 
     def loss_fn(trainable, frozen, batch, key):
         params, adaptation = method.bind(frozen, trainable, key=key)
-        loss, count, metrics = objective(model, params, adaptation, batch)
+        loss, count, metrics = objective.loss(model, params, adaptation, batch)
         return loss, {"loss": loss, "count": count, **metrics}
 
     def step(frozen, state, batch):
@@ -60,7 +60,7 @@ def make_eval_step(
 
     def step(frozen, trainable, batch):
         params, adaptation = method.bind(frozen, trainable, key=None)
-        loss, count, metrics = objective(model, params, adaptation, batch)
+        loss, count, metrics = objective.loss(model, params, adaptation, batch)
         sums = {"loss": loss, "count": count, **metrics}
         return sums if axis is None else jax.lax.psum(sums, axis)
 

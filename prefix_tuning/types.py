@@ -227,8 +227,14 @@ class Method(NamedTuple):
     template: str = "{prompt}"  # where `{rows:N}` stand for N virtual tokens, "{prompt}" being text.prompt
 
 
-# (model, params, adaptation, batch) -> (loss summed, what to divide by, further metrics as sums)
-Objective = Callable[[Model, Params, Adaptation, Batch], tuple[Array, Array, dict[str, Array]]]
+class Objective(NamedTuple):
+    """What is minimised, as pure functions."""
+
+    # (model, params, adaptation, batch) -> (loss summed, what to divide by, further metrics as sums)
+    loss: Callable[[Model, Params, Adaptation, Batch], tuple[Array, Array, dict[str, Array]]]
+    head: Callable[[Array, Model], Params] | None = None  # (key, model) -> params["head"], float32, fresh
+    # (model, params, adaptation, batch) -> scores [B ...] that answers are read off; None: answers are generated
+    predict: Callable[[Model, Params, Adaptation, Batch], Array] | None = None
 
 
 @flax.struct.dataclass

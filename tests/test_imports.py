@@ -14,7 +14,7 @@ LEVELS = (
     ("types",),
     ("nn",),
     ("models", "methods", "objectives", "data", "metrics"),
-    ("train_step", "parallel", "decode", "checkpoint", "record", "interop", "optimizer"),
+    ("train_step", "parallel", "decode", "checkpoint", "record", "interop", "optimizer", "heads"),
     ("setup", "progress"),
     ("evaluate", "accounting"),
     ("train",),

@@ -16,7 +16,7 @@ from prefix_tuning.methods import METHODS
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.optimizer import make_optimizer
 from prefix_tuning.train_step import make_eval_step, make_train_step
-from prefix_tuning.types import Adaptation, Batch, Method, TrainState
+from prefix_tuning.types import Adaptation, Batch, Method, Objective, TrainState
 
 FIELDS = tuple(Batch.__dataclass_fields__)
 SGD = optax.sgd(1.0)  # its update is the gradient
@@ -50,7 +50,7 @@ def one_step(setting):
 
     def run(batch, devices=1, accumulate=1, normalisation="token"):
         if (devices, normalisation) not in compiled:
-            objective = OBJECTIVES["lm"](normalisation=normalisation)
+            objective = OBJECTIVES["lm"](None, normalisation=normalisation)
             axis = None if devices == 1 else parallel.AXIS
             step = make_train_step(model, method, objective, SGD, axis=axis)
             compiled[devices, normalisation] = jax.jit(step) if devices == 1 else parallel.train_step(step)
@@ -169,7 +169,7 @@ def test_normalisation_divides_by_tokens_or_by_examples(setting, one_step):
     np.testing.assert_allclose(sums["param_norm"], total, rtol=1e-5)
 
     # and the gradient is the loss's: a small step along it, compared with the loss before and after
-    objective = OBJECTIVES["lm"]()
+    objective = OBJECTIVES["lm"](None)
     evaluate = jax.jit(make_eval_step(model, METHODS["prefix"](None, length=P), objective))
     around = []
     for sign in (1, -1):
@@ -181,18 +181,18 @@ def test_normalisation_divides_by_tokens_or_by_examples(setting, one_step):
 
 def test_unknown_normalisation():
     with pytest.raises(UserError, match=r"unknown objective\.normalisation 'mean'; valid: sequence, token"):
-        OBJECTIVES["lm"](normalisation="mean")
+        OBJECTIVES["lm"](None, normalisation="mean")
 
 
 def test_evaluation_sums_over_devices_without_dropout(setting):
     model, frozen, _, trainable = setting
     method = METHODS["prefix"](None, length=P, dropout=0.5)
     batch = one_a_row(uneven(), length=11, targets=6)
-    step = make_eval_step(model, method, OBJECTIVES["lm"](), axis=parallel.AXIS)
+    step = make_eval_step(model, method, OBJECTIVES["lm"](None), axis=parallel.AXIS)
     spread = parallel.split_batch(fields(batch))
     spread = jax.tree.map(lambda x: x[:, 0], spread)
     sums = parallel.eval_step(step)(parallel.place(frozen), parallel.place(trainable), spread)
-    plain = make_eval_step(model, METHODS["prefix"](None, length=P), OBJECTIVES["lm"]())
+    plain = make_eval_step(model, METHODS["prefix"](None, length=P), OBJECTIVES["lm"](None))
     for name, value in jax.jit(plain)(frozen, trainable, batch).items():
         np.testing.assert_allclose(sums[name], value, rtol=3e-6, err_msg=name)
 
@@ -208,10 +208,10 @@ def trained(setting):
 
     def counting(*arguments):
         traces.append(arguments[3].tokens.shape)
-        return OBJECTIVES["lm"]()(*arguments)
+        return OBJECTIVES["lm"](None).loss(*arguments)
 
     tx, _ = make_optimizer(100, learning_rate=0.1, schedule="constant")
-    step = parallel.train_step(make_train_step(model, method, counting, tx, axis=parallel.AXIS))
+    step = parallel.train_step(make_train_step(model, method, Objective(counting), tx, axis=parallel.AXIS))
     first = parallel.place(
         TrainState(jnp.int32(0), jax.tree.map(jnp.copy, trainable), tx.init(trainable), jax.random.key(1))
     )
@@ -273,7 +273,7 @@ def test_only_trainable_is_differentiated(setting):
 
     watched.defvjp(lambda params: (params, None), lambda _, slopes: (calls.append(1) or slopes,))
     watching = Method(method.init, lambda frozen, t, *, key=None: (watched(frozen), method.bind(frozen, t)[1]))
-    step = make_train_step(model, watching, OBJECTIVES["lm"](), SGD)
+    step = make_train_step(model, watching, OBJECTIVES["lm"](None), SGD)
     state = TrainState(jnp.int32(0), trainable, SGD.init(trainable), jax.random.key(1))
     batch = jax.tree.map(lambda x: x[None], one_a_row(uneven()[:3]))
     shapes = jax.eval_shape(step, frozen, state, batch)[0]
@@ -281,7 +281,7 @@ def test_only_trainable_is_differentiated(setting):
     assert jax.tree.structure(shapes) == jax.tree.structure(state)
     tuned = Method(method.init, lambda _, t, *, key=None: (watched(t), Adaptation()))
     state = TrainState(jnp.int32(0), frozen, SGD.init(frozen), jax.random.key(1))
-    jax.eval_shape(make_train_step(model, tuned, OBJECTIVES["lm"](), SGD), {}, state, batch)
+    jax.eval_shape(make_train_step(model, tuned, OBJECTIVES["lm"](None), SGD), {}, state, batch)
     assert calls  # so the watch works
 
 

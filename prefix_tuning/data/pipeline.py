@@ -20,14 +20,31 @@ from prefix_tuning.errors import UserError
 WINDOW = 50  # batches sorted by length together: enough for little padding, few enough for a random order
 OPEN_ROWS = 64  # rows that packing still adds to; more pack hardly tighter and cost time
 SLACK = 1.25  # room for targets in a packed row, against the average: a row then rarely fills up with targets first
+SPECIAL = ("bos", "eos", "cls", "sep", "mask")  # tokens that templates may name
 ROUND = 128  # packed rows are as long as the longest example, rounded up to this
 
 
+class Example(NamedTuple):
+    """One example as a batch lays it out."""
+
+    read: list[int]  # the tokens
+    index: list[int]  # where among them the hidden state of each target lies
+    targets: list[int]
+    types: list[int] | None = None  # which text of a pair each token is of
+    parts: list[int] | None = None  # lengths of the texts in it that do not see each other; None: it is one
+
+
 class Tokens(NamedTuple):
-    """One example; the target ends with the end token."""
+    """One prompt and what to write after it; the target ends with the end token, which is only ever predicted."""
 
     prompt: list[int]
     target: list[int]
+
+    @property
+    def example(self) -> Example:
+        """What is read, and that each token of the target is read off where the one before it is."""
+        index = range(len(self.prompt) - 1, len(self.prompt) + len(self.target) - 1)
+        return Example([*self.prompt, *self.target[:-1]], list(index), self.target)
 
 
 class Shape(NamedTuple):
@@ -66,9 +83,9 @@ def encode(
 ) -> list[Tokens]:
     """Tokenises the two templates for every row and ends each target with the end token, which `max_target` counts.
 
-    Templates are `str.format`'s over the columns, {bos} and {eos}; in the prompt {rows:N} stands for the next N of the
-    tokens `virtual`, `virtual` + 1, ...  Raises UserError for an unknown field, a prompt
-    without tokens and a tokenizer without an end token.
+    Templates are `str.format`'s over the columns and the `SPECIAL` tokens; in the prompt {rows:N} stands for the next
+    N of the tokens `virtual`, `virtual` + 1, ...  Raises UserError for an unknown field, a prompt without tokens and a
+    tokenizer without an end token.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token (eos_token), which every target ends with")
@@ -86,10 +103,13 @@ def encode_prompts(
     prompt: str,
     max_source: int | None,
     virtual: int | None = None,
+    used: int = 0,
+    empty: bool = False,
 ) -> list[list[int]]:
     """Tokenises the prompt template for every row, the column `source` cut after its first `max_source` tokens.
 
-    Raises UserError for an unknown field and a prompt without tokens.
+    `used` virtual tokens stand before it.  Raises UserError for an unknown field and, unless it may be `empty`, for a
+    prompt without tokens.
     """
     columns = dataset[:]
     _at_least_one(max_source=max_source)
@@ -99,7 +119,6 @@ def encode_prompts(
         cut = [s[max_source - 1][1] if len(s) > max_source else None for s in spans]
         columns["source"] = [text[:end] for text, end in zip(columns["source"], cut, strict=True)]
     prompts: list[list[int]] = [[] for _ in range(len(dataset))]
-    used = 0
     for piece in template.pieces(prompt):
         if isinstance(piece, str):
             parts = _tokenise(_render(piece, columns, tokenizer), tokenizer)
@@ -110,32 +129,46 @@ def encode_prompts(
             used += piece
         prompts = [[*before, *part] for before, part in zip(prompts, parts, strict=True)]
     for row, tokens in enumerate(prompts):
-        if not any(virtual is None or token < virtual for token in tokens):
+        if not (empty or any(virtual is None or token < virtual for token in tokens)):
             raise UserError(f"row {row}: the prompt {prompt!r} has no tokens; expected at least one to predict from")
     return prompts
 
 
-def collate(rows: Sequence[Sequence[Tokens]], length: int, targets: int) -> dict[str, np.ndarray]:
-    """Lays out rows of packed examples as a batch of T = `length` and N = `targets`; a row without any is filler.
+def without(example: Example, virtual: int) -> Example:
+    """The example without its virtual tokens; what was read off one of them is read off the token before it."""
+    kept = [i for i, token in enumerate(example.read) if token < virtual]
+    moved = [max(np.searchsorted(kept, i, side="right") - 1, 0) for i in example.index]
+    types = None if example.types is None else [example.types[i] for i in kept]
+    ends = None if example.parts is None else np.searchsorted(kept, np.cumsum(example.parts))
+    parts = None if ends is None else np.diff(ends, prepend=0).tolist()
+    return Example([example.read[i] for i in kept], moved, example.targets, types, parts)
 
-    The end token is only ever predicted, never read.
-    """
+
+def collate(rows: Sequence[Sequence[Tokens | Example]], length: int, targets: int) -> dict[str, np.ndarray]:
+    """Lays out rows of packed examples as a batch of T = `length` and N = `targets`; a row without any is filler."""
+    rows = [[x.example if isinstance(x, Tokens) else x for x in row] for row in rows]
     batch = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "positions", "segments")}
     batch |= {name: np.zeros((len(rows), targets), np.int32) for name in ("target_index", "targets")}
     batch["mask"] = np.zeros((len(rows), targets), np.float32)
     batch["examples"] = np.array([len(row) for row in rows], np.int32)
+    if any(x.types is not None for row in rows for x in row):
+        batch["types"] = np.zeros((len(rows), length), np.int32)
     for b, row in enumerate(rows):
-        start, first = 0, 0
-        for segment, (prompt, target) in enumerate(row, 1):
-            read = [*prompt, *target[:-1]]
-            span, predicted = slice(start, start + len(read)), slice(first, first + len(target))
-            batch["tokens"][b, span] = read
-            batch["positions"][b, span] = np.arange(len(read))
-            batch["segments"][b, span] = segment
-            batch["target_index"][b, predicted] = start + len(prompt) - 1 + np.arange(len(target))
-            batch["targets"][b, predicted] = target
+        start, first, segment = 0, 0, 0
+        for example in row:
+            span, predicted = (slice(at, at + len(x)) for at, x in ((start, example.read), (first, example.targets)))
+            batch["tokens"][b, span] = example.read
+            batch["target_index"][b, predicted] = np.add(start, example.index)
+            batch["targets"][b, predicted] = example.targets
             batch["mask"][b, predicted] = 1.0
-            start, first = span.stop, predicted.stop
+            if example.types is not None:
+                batch["types"][b, span] = example.types
+            for part in example.parts or [len(example.read)]:
+                segment += 1
+                batch["positions"][b, start : start + part] = np.arange(part)
+                batch["segments"][b, start : start + part] = segment
+                start += part
+            first = predicted.stop
     return batch
 
 
@@ -191,7 +224,7 @@ def plan_epoch(
 
 
 def train_data(
-    examples: Sequence[Tokens],
+    examples: Sequence[Tokens | Example],
     *,
     batch_size: int,
     epochs: int,
@@ -237,7 +270,7 @@ def train_data(
 
 
 def eval_batches(
-    examples: Sequence[Tokens], *, batch_size: int, shapes: int
+    examples: Sequence[Tokens | Example], *, batch_size: int, shapes: int
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Yields (indices [B], batch) with every example once, longest first; -1 is a row that only fills the batch."""
     _at_least_one(batch_size=batch_size, shapes=shapes)
@@ -278,7 +311,7 @@ def _at_least_one(**numbers: int | None) -> None:
 
 def _render(text: str, columns: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The template filled in for every row."""
-    special = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
+    special = {name: getattr(tokenizer, f"{name}_token") for name in SPECIAL}
     try:
         fields = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
     except ValueError as error:
@@ -297,12 +330,17 @@ def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _sizes(examples: Sequence[Tokens]) -> tuple[np.ndarray, np.ndarray]:
+def longest(examples: Sequence[Tokens | Example]) -> int:
+    """How many positions the longest example takes, the token after it included where there is one to predict."""
+    return max(len(x.prompt) + len(x.target) if isinstance(x, Tokens) else len(x.read) for x in examples)
+
+
+def _sizes(examples: Sequence[Tokens | Example]) -> tuple[np.ndarray, np.ndarray]:
     """How many positions and how many targets each example takes."""
     if not examples:
         raise UserError("no examples to make batches of")
-    targets = np.array([len(example.target) for example in examples])
-    return np.array([len(example.prompt) for example in examples]) + targets - 1, targets
+    laid_out = [x.example if isinstance(x, Tokens) else x for x in examples]
+    return np.array([len(x.read) for x in laid_out]), np.array([len(x.targets) for x in laid_out])
 
 
 def _smallest(shapes: Sequence[Shape], length: int) -> Shape:

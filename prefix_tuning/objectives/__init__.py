@@ -1,5 +1,11 @@
-"""The objectives: name in the config -> factory(**options) -> `Objective`."""
+"""What is minimised; a new objective is a file with a `make(tokenizer, ...)` and a line in `OBJECTIVES`."""
 
-from prefix_tuning.objectives import lm
+from prefix_tuning.objectives import choice, classify, lm, span, tag
 
-OBJECTIVES = {"lm": lm.make}
+OBJECTIVES = {
+    "lm": lm.make,
+    "classify": classify.make,
+    "tag": tag.make,
+    "choice": choice.make,
+    "span": span.make,
+}

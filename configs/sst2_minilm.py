@@ -1,0 +1,64 @@
+"""Prefix-tunes all-MiniLM-L6-v2 for the sentiment of SST-2 with 20 virtual tokens and a linear head.
+
+    python run.py train --config=configs/sst2_minilm.py --workdir=runs/sst2 \\
+        --config.model.name=FOLDER --config.dataset.path=FOLDER
+
+`model.name` may be the hub's name or a folder, `dataset.path` nyu-mll/glue:sst2 or a folder with train.tsv and dev.tsv.
+"""
+
+from configs import common
+
+RATES = {
+    "prefix": 1e-2,
+    "infix": 1e-2,
+    "prompt": 3e-2,
+    "ptuning": 1e-3,
+    "memory": 1e-3,
+    "propagation": 1e-2,
+    "lora": 1e-3,
+    "adapter": 1e-3,
+    "finetune": 5e-5,
+}
+
+
+def get_config(arg=None):
+    """`quick` trains on 64 sentences and scores 32; `method` as in every config."""
+    settings = common.parse(arg)
+    quick = settings["quick"]
+    return common.section(
+        seed=0,
+        model=common.section(name="sentence-transformers/all-MiniLM-L6-v2", dtype="float32"),
+        dataset=common.section(name="glue", path="nyu-mll/glue", task="sst2"),
+        text=common.section(prompt="{cls}{source}{sep}", max_length=128),
+        method=common.method(settings["method"], prefix={"length": 20, "init": "random", "text": None}),
+        objective=common.section(name="classify", labels=("negative", "positive"), words=None),
+        optimizer=common.section(
+            name="adamw",
+            learning_rate=common.rate(settings["method"], RATES),
+            schedule="linear",
+            warmup_steps=0,
+            weight_decay=0.0,
+            clip=1.0,
+        ),
+        train=common.section(
+            batch_size=32,
+            epochs=1 if quick else 3,
+            examples=64 if quick else None,
+            accumulate=1,
+            packing=False,
+            shapes=4,
+            prefetch=8,
+            log_every=20,
+            eval_every=None,
+            checkpoint_every=200,
+            keep=2,
+        ),
+        evaluation=common.section(
+            metrics=("accuracy",),
+            batch_size=32,
+            split="validation",
+            final_split="validation",
+            examples=32 if quick else None,
+            samples=3,
+        ),
+    )

@@ -1,0 +1,35 @@
+"""Choosing among several texts: each is scored by a linear head, and the scores of one question share a softmax."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from prefix_tuning.objectives import scores
+from prefix_tuning.types import Adaptation, Batch, Model, Objective, Params
+
+
+def make(tokenizer: Any) -> Objective:
+    """An `Objective` for rows that hold the choices of one question as segments, whose targets are 1 where right."""
+    del tokenizer
+
+    def predict(model: Model, params: Params, adaptation: Adaptation, batch: Batch) -> Array:
+        """Scores [B N] of the choices, -inf where there is none."""
+        hidden = scores.hidden_at_targets(model, params, adaptation, batch)
+        score = scores.linear(params["head"], scores.pooled(model, params, hidden))[..., 0]
+        return jnp.where(batch.mask > 0, score, -jnp.inf)
+
+    def loss(model: Model, params: Params, adaptation: Adaptation, batch: Batch) -> tuple[Array, Array, dict]:
+        score, real = predict(model, params, adaptation, batch), batch.examples > 0
+        score = jnp.where(real[:, None], score, 0.0)  # a row that only fills the batch has no choice to be -inf
+        right = batch.targets.argmax(-1)
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(score), right[:, None], axis=-1)[:, 0]
+        correct = (score.argmax(-1) == right) & real
+        sums = {"correct": correct.sum().astype(jnp.float32), "targets": real.sum().astype(jnp.float32)}
+        return jnp.where(real, nll, 0.0).sum(), sums["targets"], sums | scores.counts(batch)
+
+    def head(key: Array, model: Model) -> Params:
+        return scores.fresh_head(key, model, 1)
+
+    return Objective(loss, head, predict)

@@ -1,0 +1,52 @@
+"""Classifying whole texts, with a linear head or by words of the vocabulary (Schick & Schuetze 2021's verbaliser)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from prefix_tuning.errors import UserError
+from prefix_tuning.objectives import scores
+from prefix_tuning.types import Adaptation, Batch, Model, Objective, Params
+
+
+def make(tokenizer: Any, *, labels: Sequence[str], words: Sequence[str] | None = None) -> Objective:
+    """An `Objective` that predicts one of `labels` from the hidden state of one token.
+
+    That token is the first of an encoder, the last of a decoder, or the one that the template calls {mask}.  With
+    `words`, one for each label and one token each, the classes are scored by the model's own logits of those tokens;
+    otherwise a linear head is trained beside the method, behind the model's pooler if it has one.  Raises `UserError`.
+    """
+    labels = scores.check_labels(labels)
+    ids = None if words is None else jnp.asarray(one_token_each(tokenizer, words, labels))
+
+    def predict(model: Model, params: Params, adaptation: Adaptation, batch: Batch) -> Array:
+        hidden = scores.hidden_at_targets(model, params, adaptation, batch)
+        if ids is not None:
+            return model.unembed(params, hidden)[..., ids]
+        return scores.linear(params["head"], scores.pooled(model, params, hidden))
+
+    def loss(model: Model, params: Params, adaptation: Adaptation, batch: Batch) -> tuple[Array, Array, dict]:
+        sums = scores.cross_entropy(predict(model, params, adaptation, batch), batch)
+        return sums.pop("nll"), sums["targets"], sums
+
+    def head(key: Array, model: Model) -> Params:
+        return scores.fresh_head(key, model, len(labels))
+
+    return Objective(loss, head if words is None else None, predict)
+
+
+def one_token_each(tokenizer: Any, words: Sequence[str], labels: Sequence[str]) -> list[int]:
+    """The token of each word; raises `UserError` for a word of several, and unless there is one for each label."""
+    if isinstance(words, str) or len(words) != len(labels):
+        raise UserError(f"objective.words={words!r} must be a tuple with a word for each of {', '.join(labels)}")
+    ids = []
+    for word in words:
+        tokens = tokenizer(word, add_special_tokens=False)["input_ids"]
+        if len(tokens) != 1:
+            raise UserError(f"objective.words: {word!r} is {len(tokens)} tokens; expected words of one token")
+        ids += tokens
+    if len(set(ids)) < len(ids):
+        raise UserError(f"objective.words={words!r} are not all different tokens")
+    return ids
