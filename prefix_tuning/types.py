@@ -151,6 +151,7 @@ class Spec(NamedTuple):
         None  # how many axes (after L) are contracted; stored there as a matrix [in, out], for 0 as [out]
     )
     transposed: bool = False  # stored [out, in] instead, as torch.nn.Linear does
+    part: tuple[int, int] | None = None  # (n, N): the rows from n on of a tensor that has N and holds other weights too
 
 
 class Projection(NamedTuple):

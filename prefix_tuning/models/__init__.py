@@ -3,10 +3,19 @@
 from typing import Any
 
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.models import gpt2, llama
+from prefix_tuning.models import gemma, gpt2, llama, mistral, phi3, qwen
 from prefix_tuning.types import Model
 
-MODELS = {"gpt2": gpt2, "llama": llama}
+MODELS = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen,
+    "qwen3": qwen,
+    "phi3": phi3,
+    "gemma2": gemma,
+    "gemma3_text": gemma,
+}
 
 
 def build(config: dict[str, Any], *, scan: bool = True) -> Model:

@@ -75,7 +75,10 @@ def load_weights(folder: Path, model: Model, dtype: str) -> Params:
         refused = f"; pickled weights ({', '.join(pickled)}) are refused" if pickled else ""
         raise UserError(f"{folder} has no *.safetensors{refused}")
     ignored = re.compile("|".join(models.MODELS[model.config["model_type"]].IGNORED))
-    wanted = {name: (path, spec, layer) for path, spec in paths(model.specs) for name, layer in names(spec)}
+    wanted: dict[str, list[tuple]] = {}
+    for path, spec in paths(model.specs):
+        for name, layer in names(spec):
+            wanted.setdefault(name, []).append((path, spec, layer))
     # Some files were saved from inside the task model and lack its first name (gpt2's, on the hub).
     prefixes = {name.split(".")[0] for name in wanted} - {"lm_head"}
     tree: dict[tuple, np.ndarray] = {}
@@ -87,16 +90,18 @@ def load_weights(folder: Path, model: Model, dtype: str) -> Params:
                 if not ignored.fullmatch(key):
                     unexpected.append(key)
                 continue
-            path, spec, layer = wanted[name]
             seen.add(name)
-            if tensor.get_shape() != list(stored_shape(spec)):
-                misshapen.append(f"{key} {tensor.get_shape()} instead of {list(stored_shape(spec))}")
+            expected = list(stored_shape(wanted[name][0][1]))
+            if tensor.get_shape() != expected:
+                misshapen.append(f"{key} {tensor.get_shape()} instead of {expected}")
                 continue
-            if path not in tree:
-                tree[path] = np.empty(spec.shape, numpy_dtype)
-            target = tree[path] if layer is None else tree[path][layer]
-            value = tensor[:]
-            target[...] = (value.T if spec.transposed else value).reshape(target.shape)
+            whole = tensor[:]
+            for path, spec, layer in wanted[name]:
+                if path not in tree:
+                    tree[path] = np.empty(spec.shape, numpy_dtype)
+                target = tree[path] if layer is None else tree[path][layer]
+                value = whole[own_rows(spec)]
+                target[...] = (value.T if spec.transposed else value).reshape(target.shape)
     problems = (("missing", sorted(wanted.keys() - seen)), ("unexpected", unexpected), ("misshapen", misshapen))
     if any(rows for _, rows in problems):
         listed = "; ".join(
@@ -113,14 +118,15 @@ def save_pretrained(folder: str | Path, model: Model, params: Params, dtype: str
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     flat = flatten(params)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for path, spec in paths(model.specs):
         whole = np.asarray(flat[path]).astype(DTYPES[valid("dtype", dtype, DTYPES)])
         for name, layer in names(spec):
             value = whole if layer is None else whole[layer]
-            stored = stored_shape(spec)
-            matrix = value.reshape(stored[::-1] if spec.transposed else stored)
-            tensors[name] = np.ascontiguousarray(matrix.T if spec.transposed else matrix)
+            own = own_shape(spec)
+            matrix = value.reshape(own[::-1] if spec.transposed else own)
+            tensor = tensors.setdefault(name, np.empty(stored_shape(spec), whole.dtype))
+            tensor[own_rows(spec)] = matrix.T if spec.transposed else matrix
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model.config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
 
@@ -166,6 +172,17 @@ def names(spec: Spec) -> list[tuple[str, int | None]]:
 
 def stored_shape(spec: Spec) -> tuple[int, ...]:
     """The shape of one of this weight's tensors in the file."""
+    own = own_shape(spec)
+    return own if spec.part is None else (spec.part[1], *own[1:])
+
+
+def own_rows(spec: Spec) -> slice:
+    """Which rows of its tensor in the file are this weight's."""
+    return slice(None) if spec.part is None else slice(spec.part[0], spec.part[0] + own_shape(spec)[0])
+
+
+def own_shape(spec: Spec) -> tuple[int, ...]:
+    """The shape of what one of this weight's tensors in the file has of it."""
     shape = spec.shape[1:] if "{layer}" in spec.source else spec.shape
     if spec.inner is None:
         return shape
