@@ -34,7 +34,7 @@ import prefix_tuning
 from prefix_tuning import models, nn
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import loading
-from prefix_tuning.types import Adaptation, count
+from prefix_tuning.types import Adaptation, Adapter, LayerHooks, count
 
 MODELS = Path(os.environ.get("PREFIX_TUNING_MODELS", Path(__file__).parents[2] / "models"))
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}
@@ -237,6 +237,23 @@ def test_bfloat16_is_near(twin, tmp_path, family):
     reference.save_pretrained(tmp_path)  # and from a file that holds bfloat16
     same(load(tmp_path, "bfloat16")[1], half)
     same(load(tmp_path, "float32")[1], jax.tree.map(lambda x: x.astype(np.float32), half))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("site", ["attention", "mlp"])
+def test_what_an_adapter_gives_reaches_the_residual_stream_as_it_is(twin, family, site):
+    # Each adds its bias and nothing else, so behind the attention and behind the MLP is the same as behind the block.
+    _, _, model, frozen = twin(family, num_hidden_layers=1, layer_types=[FULL] if family == "gemma2" else None)
+    added = np.random.default_rng(0).normal(size=(1, 16)).astype(np.float32)
+    adapter = Adapter(np.zeros((1, 16, 2)), np.zeros((1, 2)), np.zeros((1, 2, 16)), added)
+    if site == "attention":  # what the MLP reads must not change
+        frozen = frozen | {"layers": frozen["layers"] | {"down": {"kernel": 0 * frozen["layers"]["down"]["kernel"]}}}
+    ours, wanted = (
+        prefix_tuning.logits(model, frozen, Adaptation(LayerHooks(adapter={where: adapter})), random_rows(1))
+        for where in (site, "block")
+    )
+    close(ours, wanted)
+    assert np.abs(ours[0] - prefix_tuning.logits(model, frozen, None, random_rows(1))[0]).max() > 0.01
 
 
 def test_fresh_weights_are_as_the_specs_say(twin):
