@@ -26,7 +26,8 @@ FORMATS = ("peft", "merged")
 
 
 def load_model(name: str, *, dtype: str = "float32") -> tuple[Model, Params, Any]:
-    """(model, frozen weights, tokenizer or None) of a folder in Hugging Face layout or a name on the hub."""
+    """(model, frozen weights, tokenizer or None) of a folder in Hugging Face layout, a name on the hub, or a gguf file
+    of the Llama family."""
     folder = loading.find_folder(name)
     model = models.build(loading.read_config(folder))
     return model, jax.device_put(loading.load_weights(folder, model, dtype)), loading.load_tokenizer(folder)

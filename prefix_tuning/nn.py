@@ -111,7 +111,13 @@ def rotary_frequencies(config: dict[str, Any], head_size: int) -> Array:
 
 
 def rotate(x: Array, positions: Array, frequencies: Array) -> Array:
-    """Turns each pair (i, i + H/2) of x [B T ... H] by positions [B T] x frequencies [H/2] radians, in float32."""
+    """Turns each pair (i, i + H/2) of x [B T ... H] by positions [B T] x frequencies [H/2] radians, in float32.
+
+    Of fewer frequencies, R/2, only the first R numbers are turned, in pairs (i, i + R/2).
+    """
+    size = 2 * frequencies.shape[-1]
+    if size < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :size], positions, frequencies), x[..., size:]], axis=-1)
     angles = positions[..., None].astype(jnp.float32) * frequencies  # [B T H/2]
     angles = jnp.expand_dims(angles, range(2, x.ndim - 1))
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -150,6 +156,15 @@ def prompt_positions(adaptation: Adaptation) -> Array:
     length = adaptation.prompt.shape[-2]
     end = jnp.int32(length) if adaptation.shift is None else adaptation.shift
     return end.reshape(-1, 1) - length + jnp.arange(length)
+
+
+def nearby(mask: Array, queries: Array, keys: Array, window: Array | None) -> Array:
+    """The mask [B T S] without keys at positions [B S] that lie `window` or more before the queries' [B T].
+
+    It bounds which real tokens are seen.  Slots before them (prefixes, prompts) have no place in the mask: what was
+    trained stays visible however long the row, or it would end to work after the first `window` tokens.
+    """
+    return mask if window is None else mask & (queries[:, :, None] - keys[:, None, :] < window)
 
 
 class Attention(NamedTuple):
@@ -198,14 +213,14 @@ def scaled(q: Array, how: Attention) -> Array:
     return q * (q.shape[-1] ** -0.5 if how.scale is None else how.scale)
 
 
-def capped(scores: Array, how: Attention) -> Array:
-    """Scores, squeezed into (-softcap, softcap) where the family does so."""
-    return scores if how.softcap is None else how.softcap * jnp.tanh(scores / how.softcap)
+def capped(scores: Array, cap: float | None) -> Array:
+    """Scores or logits, squeezed into (-cap, cap) where the family does so (Gemma 2)."""
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
 def token_scores(q: Array, k: Array, mask: Array, how: Attention, bias: Array | None = None) -> Array:
     """float32 scores [B K G T S] of scaled queries q [B T K G H] and keys k [B S K H]; -inf outside mask [B T S]."""
-    scores = capped(jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32), how)
+    scores = capped(jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32), how.softcap)
     return jnp.where(mask[:, None, None], scores if bias is None else scores + bias, -jnp.inf)
 
 
@@ -215,7 +230,7 @@ def slot_scores(q: Array, prefix: KV, how: Attention) -> Array:
     scores = jnp.einsum(f"btkgh,{slots}->bkgtp", q, prefix.k.astype(q.dtype), preferred_element_type=jnp.float32)
     if prefix.share is not None:
         scores = scores * prefix.share[:, None, None, :, None]
-    scores = capped(scores, how)
+    scores = capped(scores, how.softcap)
     if prefix.mask is None:
         return scores
     mask = prefix.mask if prefix.mask.ndim == 1 else prefix.mask[:, None, None, None]

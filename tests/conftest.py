@@ -28,6 +28,21 @@ from prefix_tuning.data import pipeline
 from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, Model
 
 B, T, P, L, K, F, V = 8, 7, 5, 3, 2, 11, 13
+LLAMA = {
+    "hidden_size": 16,  # transformers wants a multiple of the 8 heads, and has H=6 beside it
+    "num_attention_heads": 8,
+    "num_key_value_heads": K,
+    "head_dim": 6,
+    "intermediate_size": F,
+    "num_hidden_layers": L,
+    "max_position_embeddings": 64,
+    "vocab_size": V,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},  # so that seven positions turn visibly
+}
+RELATIVE = LLAMA | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # their own are beyond the vocabulary
+WINDOW = {"sliding_window": 3}  # less than half of the longest row
+SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA = RELATIVE | WINDOW | {"query_pre_attn_scalar": 5, "layer_types": [SLIDING, FULL, SLIDING]}
 FAMILIES = {
     "gpt2": {
         "n_embd": 10,
@@ -39,16 +54,19 @@ FAMILIES = {
         "bos_token_id": V - 1,
         "eos_token_id": V - 1,
     },
-    "llama": {
-        "hidden_size": 16,  # transformers wants a multiple of the 8 heads, and has H=6 beside it
-        "num_attention_heads": 8,
-        "num_key_value_heads": K,
-        "head_dim": 6,
-        "intermediate_size": F,
-        "num_hidden_layers": L,
-        "max_position_embeddings": 64,
-        "vocab_size": V,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},  # so that seven positions turn visibly
+    "llama": LLAMA,
+    "mistral": RELATIVE | WINDOW,
+    "qwen2": RELATIVE,
+    "qwen3": RELATIVE,
+    "phi3": RELATIVE | WINDOW,
+    # The caps are so low that nearly every score and logit meets them.
+    "gemma2": GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0},
+    "gemma3_text": GEMMA
+    | {
+        "rope_parameters": {
+            FULL: {"rope_type": "linear", "factor": 2.5, "rope_theta": 100.0},
+            SLIDING: {"rope_type": "default", "rope_theta": 7.0},
+        }
     },
 }
 BERT = {
@@ -115,7 +133,8 @@ def random_reference(family, **options):
         reference = kind.from_config(transformers.AutoConfig.for_model(family, **ENCODERS[family] | options)).eval()
     else:
         config = transformers.AutoConfig.for_model(family, **FAMILIES[family] | options)
-        reference = transformers.AutoModelForCausalLM.from_config(config).eval()
+        # In eager code, since faster attention cannot cap scores.
+        reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in reference.named_parameters():

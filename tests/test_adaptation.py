@@ -75,8 +75,9 @@ def test_empty_adaptation_is_the_model_bit_for_bit(twin, family, monkeypatch):
     batch = one_a_row(examples(5))
     ours = batch_logits(model, frozen, Adaptation(), batch)
 
-    def plain(q, k, v, mask, prefixes):
+    def plain(q, k, v, mask, prefixes, *, how):
         assert not prefixes
+        assert how == nn.PLAIN
         scores = jnp.einsum("btkgh,bskh->bkgts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -jnp.inf), axis=-1)
         return jnp.einsum("bkgts,bskh->btkgh", weights, v)

@@ -41,7 +41,13 @@ def torch_config(family):
         return transformers.GPT2Config(
             vocab_size=23, n_positions=40, n_embd=12, n_layer=L, n_head=2, initializer_range=0.6
         )
-    return transformers.LlamaConfig(
+    # No padding token: transformers would give it an embedding of zeros, behind which all tokens are equally probable.
+    options = {} if family == "llama" else {"sliding_window": 4, "pad_token_id": None}
+    if family == "gemma2":
+        # With a tied unembedding it would repeat its last token.
+        options |= {"attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 5, "tie_word_embeddings": False}
+    return transformers.AutoConfig.for_model(
+        family,
         vocab_size=19,
         hidden_size=18,
         intermediate_size=11,
@@ -51,6 +57,7 @@ def torch_config(family):
         head_dim=6,
         max_position_embeddings=64,
         initializer_range=0.6,
+        **options,
     )
 
 
@@ -63,7 +70,9 @@ def twins(tmp_path_factory):
         if (family, seed) not in made:
             folder = tmp_path_factory.mktemp(f"{family}{seed}")
             torch.manual_seed(seed)
-            reference = transformers.AutoModelForCausalLM.from_config(torch_config(family)).eval()
+            # In eager code, since faster attention cannot cap scores.
+            config = torch_config(family)
+            reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
             reference.save_pretrained(folder)
             model = shared.setdefault(family, models.build(loading.read_config(folder)))
             params = jax.tree.map(jnp.asarray, loading.load_weights(folder, model, "float32"))
@@ -149,6 +158,10 @@ def expected(reference, config, prompts, prefix=None):
         ("llama", {"num_beams": 5, "length_penalty": -1.0, "min_new_tokens": 5}),
         ("llama", {"num_beams": 2, "banned": (4, 9), "max_new_tokens": 6}),
         ("gpt2", {"num_beams": 5}),
+        ("mistral", {}),
+        ("mistral", {"num_beams": 5}),
+        ("gemma2", {}),
+        ("gemma2", {"num_beams": 5}),
         ("gpt2", {"num_beams": 5, "length_penalty": 2.0, "min_new_tokens": 4, "banned": (5,), "end_tokens": (END, 7)}),
     ],
 )

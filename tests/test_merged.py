@@ -31,8 +31,11 @@ def bound(model, frozen, name):
     return method.bind(frozen, trained)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("name", CASES, ids=lambda name: name.replace(" ", "_"))
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*((family, name) for name in CASES for family in ("gpt2", "llama")), ("phi3", "lora all"), ("qwen2", "compose")],
+    ids=lambda name: name.replace(" ", "_"),
+)
 def test_merged_is_unmerged(twin, tmp_path, family, name):
     _, _, model, frozen = twin(family)
     params, adaptation = bound(model, frozen, name)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import B, L, P, T, V, letters, one_a_row, random_rows
+import transformers
+from conftest import FAMILIES, B, L, P, T, V, letters, one_a_row, random_rows
 
 import prefix_tuning
-from prefix_tuning import nn, parallel, setup, template
+from prefix_tuning import models, nn, parallel, setup, template
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.methods import METHODS
 from prefix_tuning.objectives import OBJECTIVES
@@ -153,6 +154,19 @@ def started(twin):
         return made, method, method.init(jax.random.key(3), made.model, made.frozen)
 
     return start
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_binds_on_every_family(family, name):
+    model = models.build(transformers.AutoConfig.for_model(family, **FAMILIES[family]).to_dict())
+    variant = next(iter(VARIANTS[name]))
+    method = named("method", METHODS, {"name": name} | VARIANTS[name][variant], letters)
+    setup.abstract_adaptation(method, model)  # checks its shapes
+    batch = Batch(**jax.tree.map(jnp.asarray, a_batch(method)))
+    frozen, trainable = setup.abstract_frozen(method, model), setup.abstract_trainable(method, model)
+    run = lambda frozen, trainable: model.hidden(*method.bind(frozen, trainable), batch)  # noqa: E731
+    assert jax.eval_shape(run, frozen, trainable).shape == (*batch.tokens.shape, model.sites["decoder"].width)
 
 
 def prompted(method, row):

@@ -3,12 +3,29 @@
 from typing import Any
 
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.models import bert, distilbert, electra, gpt2, llama, roberta
+from prefix_tuning.models import (
+    bert,
+    distilbert,
+    electra,
+    gemma,
+    gpt2,
+    llama,
+    mistral,
+    phi3,
+    qwen,
+    roberta,
+)
 from prefix_tuning.types import Model
 
 MODELS = {
     "gpt2": gpt2,
     "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen,
+    "qwen3": qwen,
+    "phi3": phi3,
+    "gemma2": gemma,
+    "gemma3_text": gemma,
     "bert": bert,
     "roberta": roberta,
     "distilbert": distilbert,

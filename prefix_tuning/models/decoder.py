@@ -12,7 +12,7 @@ from prefix_tuning.types import KV, Adaptation, Batch, Cache, LayerHooks, Model,
 
 
 class Layer(NamedTuple):
-    """A family's own arithmetic; `layer` is one layer's weights, `hooks` what to do differently in it."""
+    """A family's own arithmetic; `layer` is one layer's weights and kinds, `hooks` what to do differently in it."""
 
     embed: Callable[[Params, Array], Array]  # (params, tokens [...]) -> [... D]
     place: Callable[[Params, Array, Array], Array]  # (params, embeddings [B T D], positions [B T]) -> [B T D]
@@ -48,10 +48,20 @@ def build(
     specs: Params,
     vocabulary: int,
     max_positions: int | None,
+    how: nn.Attention = nn.PLAIN,
+    kinds: Params | None = None,
     scan: bool = True,
 ) -> Model:
-    """Makes a `Model` of one stack of causal layers; scan=False unrolls them, for debugging and counting operations."""
+    """Makes a `Model` of one stack of causal layers; scan=False unrolls them, for debugging and counting operations.
+
+    `kinds` are arrays that lead with L and are no weights: in what else than weights layers differ.  They are scanned
+    over beside the weights and handed to `layer` among them.  A "window" [L] of n lets a token see itself and the n - 1
+    real tokens before it; prefixes and prompts are seen whatever the window.
+    """
     all_sites = {"decoder": sites}
+
+    def stack(params: Params) -> Params:
+        return params["layers"] | (kinds or {})
 
     def over_layers(body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
         return jax.lax.scan(body, carry, xs, unroll=1 if scan else sites.layers)
@@ -83,14 +93,14 @@ def build(
         prefixes = [*own(hooks), *([] if before is None else [before])]
         q, k, v = layer.queries(weights, hooks, stream.x, stream.positions)
         k, v = nn.add_rows(k, v, (hooks.rows or {}).get("self"), stream.index)
-        attended = nn.recall(nn.attend(q, *store(k, v), mask, prefixes), q, hooks, "self")
+        attended = nn.recall(nn.attend(q, *store(k, v), mask, prefixes, how=how), q, hooks, "self")
         return layer.combine(weights, hooks, stream.x, attended), Attended(q, KV(k, v), before, prefixes)
 
     def prompt_layer(weights: Params, hooks: LayerHooks, prompt: Stream) -> tuple[Stream, KV]:
         """The prompt through one layer, and what the tokens after it see of it."""
         if hooks.prompt is not None:
             prompt = prompt._replace(x=prompt.x + hooks.prompt.astype(prompt.x.dtype))
-        mask = nn.causal_mask(jnp.ones(prompt.positions.shape, jnp.int32))
+        mask = nn.causal_mask(jnp.ones(prompt.positions.shape, jnp.int32))  # its rows are slots: no window parts them
         x, seen = one(weights, hooks, prompt, mask, None, as_they_are)
         return prompt._replace(x=x), jax.tree.map(lambda y: y[0] if len(y) == 1 else y, seen.kv)
 
@@ -98,7 +108,7 @@ def build(
         """Hidden states [B T D], and what `keep(attended, mask)` takes from each layer."""
         stream = start(params, adaptation, tokens, positions)
         prompt = start_prompt(params, adaptation, stream.x)
-        mask = nn.causal_mask(segments)
+        causal = nn.causal_mask(segments)
 
         def body(carry, inputs):
             weights, hooks = inputs
@@ -106,10 +116,11 @@ def build(
             before = None
             if prompt is not None:
                 prompt, before = prompt_layer(weights, hooks, prompt)
+            mask = nn.nearby(causal, positions, positions, weights.get("window"))
             x, attended = one(weights, hooks, stream, mask, before, as_they_are)
             return (stream._replace(x=x), prompt), keep(attended, mask)
 
-        (stream, _), kept = over_layers(body, (stream, prompt), (params["layers"], adaptation.decoder))
+        (stream, _), kept = over_layers(body, (stream, prompt), (stack(params), adaptation.decoder))
         return layer.norm(params, stream.x), kept
 
     def hidden(params: Params, adaptation: Adaptation, batch: Batch) -> Array:
@@ -137,6 +148,7 @@ def build(
     def decode(params: Params, adaptation: Adaptation, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
         stream = start(params, adaptation, tokens[:, None], cache.position[:, None])
         valid = cache.valid.at[:, cache.slot].set(True)
+        positions = valid.cumsum(1) - 1  # of the real tokens in the slots; prompts of unequal length leave gaps
 
         # The cache is carried, not scanned over: XLA then writes the new slot in place instead of copying every layer.
         def body(carry, inputs):
@@ -149,10 +161,11 @@ def build(
                 values = jax.lax.dynamic_update_slice(values, v[None], (number, 0, cache.slot, 0, 0))
                 return keys[number], values[number]
 
-            x, _ = one(weights, hooks, stream._replace(x=x), valid[:, None], before, store)
+            mask = nn.nearby(valid[:, None], cache.position[:, None], positions, weights.get("window"))
+            x, _ = one(weights, hooks, stream._replace(x=x), mask, before, store)
             return (x, keys, values), None
 
-        inputs = (jnp.arange(sites.layers), params["layers"], adaptation.decoder, cache.prompt)
+        inputs = (jnp.arange(sites.layers), stack(params), adaptation.decoder, cache.prompt)
         (x, k, v), _ = over_layers(body, (stream.x, cache.k, cache.v), inputs)
         logits = layer.unembed(params, layer.norm(params, x)[:, 0])
         return logits, cache.replace(k=k, v=v, valid=valid, slot=cache.slot + 1, position=cache.position + 1)
@@ -172,7 +185,7 @@ def build(
         real = (batch.segments > 0).astype(jnp.float32)
 
         def keep(seen: Attended, mask: Array) -> dict[str, Array]:
-            return nn.slot_statistics(seen.q, seen.kv, seen.prefixes, mask, real)
+            return nn.slot_statistics(seen.q, seen.kv, seen.prefixes, mask, real, how)
 
         return full(params, adaptation, batch.tokens, batch.positions, batch.segments, keep)[1]
 

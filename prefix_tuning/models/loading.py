@@ -1,4 +1,7 @@
-"""Weights between Hugging Face folders and our trees of layer-stacked arrays; safetensors only, strict both ways."""
+"""Weights between Hugging Face folders and our trees of layer-stacked arrays; safetensors only, strict both ways.
+
+A file of llama.cpp may stand where a folder does.
+"""
 
 import json
 import math
@@ -20,6 +23,7 @@ from jax import Array
 from prefix_tuning import models
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import read_json
+from prefix_tuning.models import gguf
 from prefix_tuning.types import Model, Params, Spec
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -27,9 +31,11 @@ FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # what a fol
 
 
 def find_folder(name: str) -> Path:
-    """The local folder of a model: `name` itself, or the hub's snapshot of it; raises `UserError` without either."""
-    if Path(name).is_dir():
+    """Where a model is: the folder or gguf file `name`, or the hub's snapshot of it; raises `UserError` without any."""
+    if Path(name).is_dir() or is_gguf(Path(name)):
         return Path(name)
+    if name.endswith(".gguf"):
+        raise UserError(f"model {name!r} is no file")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"model {name!r} is no folder, and no name on the hub (OWNER/NAME) either")
     try:
@@ -41,6 +47,8 @@ def find_folder(name: str) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The contents of config.json; raises `UserError` if it is missing, malformed or asks for remote code."""
+    if is_gguf(folder):
+        return gguf.read_config(folder)
     config = read_json(folder / "config.json", "a folder in Hugging Face layout")
     if "auto_map" in config:
         supported = ", ".join(models.MODELS)
@@ -52,6 +60,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside the weights, None if there is none; raises `UserError` if it cannot be read."""
+    if is_gguf(folder):
+        return load_gguf_tokenizer(folder)
     if not any(
         (folder / name).exists()
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
@@ -63,6 +73,27 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
         raise UserError(f"the tokenizer in {folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether this is a file that is read as llama.cpp's."""
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def load_gguf_tokenizer(file: Path) -> transformers.PreTrainedTokenizerBase | None:
+    """The tokenizer inside a gguf file, or else the one that lies beside it; raises `UserError` if it has one that
+    transformers cannot make of its metadata, and none lies beside it."""
+    reason = None
+    if gguf.has_tokenizer(file):
+        try:
+            return transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        except Exception as error:  # transformers raises whatever is wrong with its parts, torch being missing too
+            reason = error
+    beside = load_tokenizer(file.parent)
+    if beside is None and reason is not None:
+        said = str(reason).strip().splitlines()[0]
+        raise UserError(f"the tokenizer in {file} cannot be read, and none lies beside it: {said}") from reason
+    return beside
+
+
 def load_weights(folder: Path, model: Model, dtype: str) -> Params:
     """The tree of `model.specs` [L ...] from the folder's *.safetensors, cast to dtype, still on the host.
 
@@ -70,33 +101,32 @@ def load_weights(folder: Path, model: Model, dtype: str) -> Params:
     misshapen tensor.
     """
     numpy_dtype = np.dtype(DTYPES[valid("dtype", dtype, DTYPES)])
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = [f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern)]
-        refused = f"; pickled weights ({', '.join(pickled)}) are refused" if pickled else ""
-        raise UserError(f"{folder} has no *.safetensors{refused}")
     ignored = re.compile("|".join(models.MODELS[model.config["model_type"]].IGNORED))
-    wanted = {name: (path, spec, layer) for path, spec in paths(model.specs) for name, layer in names(spec)}
+    wanted: dict[str, list[tuple]] = {}
+    for path, spec in paths(model.specs):
+        for name, layer in names(spec):
+            wanted.setdefault(name, []).append((path, spec, layer))
     # Some files were saved from inside the task model and lack its first name (gpt2's, on the hub).
     prefixes = {name.split(".")[0] for name in wanted} - {"lm_head"}
     tree: dict[tuple, np.ndarray] = {}
     seen, unexpected, misshapen = set(), [], []
-    for file in files:
-        for key, tensor in read(file):
-            name = next((n for n in (key, *(f"{p}.{key}" for p in prefixes)) if n in wanted), None)
-            if name is None:
-                if not ignored.fullmatch(key):
-                    unexpected.append(key)
-                continue
-            path, spec, layer = wanted[name]
-            seen.add(name)
-            if tensor.get_shape() != list(stored_shape(spec)):
-                misshapen.append(f"{key} {tensor.get_shape()} instead of {list(stored_shape(spec))}")
-                continue
+    for key, tensor in gguf.read(folder) if is_gguf(folder) else read_folder(folder):
+        name = next((n for n in (key, *(f"{p}.{key}" for p in prefixes)) if n in wanted), None)
+        if name is None:
+            if not ignored.fullmatch(key):
+                unexpected.append(key)
+            continue
+        seen.add(name)
+        expected = list(stored_shape(wanted[name][0][1]))
+        if tensor.get_shape() != expected:
+            misshapen.append(f"{key} {tensor.get_shape()} instead of {expected}")
+            continue
+        whole = tensor[:]
+        for path, spec, layer in wanted[name]:
             if path not in tree:
                 tree[path] = np.empty(spec.shape, numpy_dtype)
             target = tree[path] if layer is None else tree[path][layer]
-            value = tensor[:]
+            value = whole[own_rows(spec)]
             target[...] = (value.T if spec.transposed else value).reshape(target.shape)
     needed = {name for name, (_, spec, _) in wanted.items() if not spec.optional}
     problems = (("missing", sorted(needed - seen)), ("unexpected", unexpected), ("misshapen", misshapen))
@@ -115,16 +145,17 @@ def save_pretrained(folder: str | Path, model: Model, params: Params, dtype: str
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     flat = flatten(params)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for path, spec in paths(model.specs):
         if path not in flat and spec.optional:
             continue
         whole = np.asarray(flat[path]).astype(DTYPES[valid("dtype", dtype, DTYPES)])
         for name, layer in names(spec):
             value = whole if layer is None else whole[layer]
-            stored = stored_shape(spec)
-            matrix = value.reshape(stored[::-1] if spec.transposed else stored)
-            tensors[name] = np.ascontiguousarray(matrix.T if spec.transposed else matrix)
+            own = own_shape(spec)
+            matrix = value.reshape(own[::-1] if spec.transposed else own)
+            tensor = tensors.setdefault(name, np.empty(stored_shape(spec), whole.dtype))
+            tensor[own_rows(spec)] = matrix.T if spec.transposed else matrix
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model.config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
 
@@ -151,6 +182,17 @@ def abstract(model: Model, dtype: str = "float32") -> Params:
     )
 
 
+def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
+    """`read` of every safetensors file in a folder; raises `UserError` if there is none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern)]
+        refused = f"; pickled weights ({', '.join(pickled)}) are refused" if pickled else ""
+        raise UserError(f"{folder} has no *.safetensors{refused}")
+    for file in files:
+        yield from read(file)
+
+
 def read(file: str | os.PathLike) -> Iterator[tuple[str, Any]]:
     """(name, slice) of every tensor in a safetensors file; a slice is read only when indexed."""
     try:
@@ -170,6 +212,17 @@ def names(spec: Spec) -> list[tuple[str, int | None]]:
 
 def stored_shape(spec: Spec) -> tuple[int, ...]:
     """The shape of one of this weight's tensors in the file."""
+    own = own_shape(spec)
+    return own if spec.part is None else (spec.part[1], *own[1:])
+
+
+def own_rows(spec: Spec) -> slice:
+    """Which rows of its tensor in the file are this weight's."""
+    return slice(None) if spec.part is None else slice(spec.part[0], spec.part[0] + own_shape(spec)[0])
+
+
+def own_shape(spec: Spec) -> tuple[int, ...]:
+    """The shape of what one of this weight's tensors in the file has of it."""
     shape = spec.shape[1:] if "{layer}" in spec.source else spec.shape
     if spec.inner is None:
         return shape
