@@ -128,7 +128,7 @@ def load_weights(folder: Path, model: Model, dtype: str) -> Params:
             target = tree[path] if layer is None else tree[path][layer]
             value = whole[own_rows(spec)]
             target[...] = (value.T if spec.transposed else value).reshape(target.shape)
-    needed = {name for name, (_, spec, _) in wanted.items() if not spec.optional}
+    needed = {name for name, own in wanted.items() if not all(spec.optional for _, spec, _ in own)}
     problems = (("missing", sorted(needed - seen)), ("unexpected", unexpected), ("misshapen", misshapen))
     if any(rows for _, rows in problems):
         listed = "; ".join(
