@@ -41,7 +41,7 @@ def check_rows(rows: int, accumulate: int = 1) -> None:
 def split_batch(batch: dict[str, np.ndarray], accumulate: int = 1) -> Batch:
     """Leaves [B ...] as [devices A B/(devices A) ...], ready for a pmapped train step."""
     devices = jax.local_device_count()
-    return Batch(**{k: v.reshape(devices, accumulate, -1, *v.shape[1:]) for k, v in batch.items()})
+    return Batch(**jax.tree.map(lambda x: x.reshape(devices, accumulate, -1, *x.shape[1:]), batch))
 
 
 def train_step(step: Callable) -> Callable:
