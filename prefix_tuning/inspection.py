@@ -37,7 +37,8 @@ def inspect_workdir(workdir: str, split: str | None, examples: int) -> str:
 
     folded = fold(model, params, adaptation)
     virtual = 0 if adaptation.rows is None else len(adaptation.rows)
-    if folded.decoder.kv is None and not virtual:
+    kv = getattr(folded, model.entry).kv
+    if kv is None and not virtual:
         kind = config["method"]["name"]
         raise UserError(f"{workdir} holds {kind!r}, which has no slots to inspect; valid: prefixes, prompts, their kin")
     batches = [
@@ -55,9 +56,10 @@ def inspect_workdir(workdir: str, split: str | None, examples: int) -> str:
         return float(sum(loss for loss, _ in sums) / sum(count for _, count in sums))
 
     found: dict[str, Any] = {"step": step, "split": name, "pairs": len(pairs), "loss": mean_loss(folded)}
-    if folded.decoder.kv is not None:
+    if kv is not None:
         found |= attention(model, params, folded, batches)
-        found["without"] = [mean_loss(remove(folded, slot)) for slot in range(len(found["mass"][0][0]))]
+        slots = range(len(found["mass"][0][0]))
+        found["without"] = [mean_loss(remove(folded, model.entry, slot)) for slot in slots]
     if virtual:
         ids = range(model.vocabulary, model.vocabulary + virtual)
         found["without_virtual"] = [
@@ -77,9 +79,14 @@ def inspect_workdir(workdir: str, split: str | None, examples: int) -> str:
 
 
 def fold(model: Model, params: Params, adaptation: Adaptation) -> Adaptation:
-    """The same adaptation with its prompt as keys and values, behind those it has, so that slots can be removed."""
+    """The same adaptation with its prompt as keys and values, behind those it has, so that slots can be removed.
+
+    Raises `UserError` for a prompt in an encoder, whose rows see the text and so are no fixed keys and values.
+    """
     if adaptation.prompt is None:
         return adaptation
+    if model.entry == "encoder":
+        raise UserError("the rows of a prompt in an encoder change with the text and cannot be inspected as slots")
     _, cache = jax.jit(model.prefill, static_argnums=4)(
         params, adaptation, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), 1
     )
@@ -106,12 +113,12 @@ def attention(model: Model, params: Params, adaptation: Adaptation, batches: lis
     }
 
 
-def remove(adaptation: Adaptation, slot: int) -> Adaptation:
-    """The adaptation without one slot, in every layer; positions stay as they are."""
-    kv = adaptation.decoder.kv["self"]
+def remove(adaptation: Adaptation, stack: str, slot: int) -> Adaptation:
+    """The adaptation without one slot of a stack, in every layer; positions stay as they are."""
+    hooks = getattr(adaptation, stack)
+    kv = hooks.kv["self"]
     mask = jnp.ones(kv.k.shape[:-2], bool) if kv.mask is None else kv.mask
-    hooks = adaptation.decoder.replace(kv={"self": kv.replace(mask=mask.at[..., slot].set(False))})
-    return adaptation.replace(decoder=hooks)
+    return adaptation.replace(**{stack: hooks.replace(kv={"self": kv.replace(mask=mask.at[..., slot].set(False))})})
 
 
 def without(batches: list[Batch], token: int) -> list[Batch]:

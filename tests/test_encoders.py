@@ -173,7 +173,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(("name", "number"), [(name, i) for name, own in OPTIONS.items() for i in range(len(own))])
 def test_every_method_trains_on_an_encoder(twin, name, number):
-    """A step with a head on eight devices: it is one device's, all that is trained moves, the loss falls."""
+    """With a head: all that is trained moves and the loss falls; eight devices are one."""
     assert set(OPTIONS) == set(METHODS)
     _, _, model, frozen = twin("bert")
     objective = OBJECTIVES["classify"](None, labels=("yes", "no", "maybe"))
@@ -200,9 +200,10 @@ def test_every_method_trains_on_an_encoder(twin, name, number):
             losses.append(float(sums["loss"] / sums["count"]))
         return jax.device_get(state.trainable), losses
 
-    ours, losses = run(parallel.AXIS, parallel.split_batch)
-    alone, _ = run(None, lambda batch: Batch(**{k: v[None] for k, v in batch.items()}))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), ours, alone)
+    ours, losses = run(None, lambda batch: Batch(**{k: v[None] for k, v in batch.items()}))
+    if name in ("prefix", "prompt"):  # for the others tests/test_methods.py says so
+        spread, _ = run(parallel.AXIS, parallel.split_batch)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), ours, spread)
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), jax.device_get(start), ours)
     still = {"/".join(key.key for key in path[-2:]) for path, x in jax.tree_util.tree_leaves_with_path(moved) if not x}
     assert still <= {"k/bias"}, still  # which adds the same to every score of a query

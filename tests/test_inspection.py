@@ -47,7 +47,7 @@ def test_a_removed_slot_is_one_that_was_never_there(twin, family):
     kept = [0, 1, 3, 4]
     kv = jax.tree.map(lambda x: x[:, np.array(kept)], adaptation.decoder.kv)
     without = Adaptation(LayerHooks(kv=kv), adaptation.shift)
-    ours = prefix_tuning.logits(model, frozen, inspection.remove(adaptation, 2), rows)
+    ours = prefix_tuning.logits(model, frozen, inspection.remove(adaptation, "decoder", 2), rows)
     close(ours, prefix_tuning.logits(model, frozen, without, rows), 5e-6)
 
 

@@ -298,7 +298,7 @@ def test_dropout_differs_on_every_device_micro_batch_and_step(setting):
         return drawn.sum(), jnp.float32(1), {"drawn": which[:, None] * drawn}
 
     rate = optax.sgd(0.0)
-    step = parallel.train_step(make_train_step(model, method, reporting, rate, axis=parallel.AXIS))
+    step = parallel.train_step(make_train_step(model, method, Objective(reporting), rate, axis=parallel.AXIS))
     batch = fields(one_a_row([([number], [1]) for number in range(devices * accumulate)], length=T))
     batch = parallel.split_batch(batch, accumulate)
     placed, patterns = parallel.place(frozen), []

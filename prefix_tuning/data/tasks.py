@@ -182,10 +182,8 @@ def span() -> Task:
         if prompt.count("{source2}") != 1:
             raise UserError(f"text.prompt={prompt!r} must have {{source2}} once, where the context stands")
         before, after = prompt.split("{source2}")
-        if "{rows:" in prompt.partition("{source2}")[0][:6] or prompt.startswith("{rows:"):
-            raise UserError(
-                "objective 'span' reads no answer off the first token; method.template must not begin there"
-            )
+        if not prompt.startswith("{cls}"):
+            raise UserError(f"text.prompt={prompt!r} must begin with {{cls}}, which stands for no answer")
         rows = list(dataset)
         front, back = encode_parts(dataset, tokenizer, (before, after), virtual)
         contexts = tokenizer([row["source2"] for row in rows], add_special_tokens=False, return_offsets_mapping=True)
@@ -326,4 +324,4 @@ def shortened(
         for name in columns:
             if lengths[name] < len(spans[name][row]):
                 texts[name][row] = texts[name][row][: spans[name][row][lengths[name] - 1][1]]
-    return dataset.remove_columns(columns).map(lambda _, i: {n: texts[n][i] for n in columns}, with_indices=True)
+    return datasets.Dataset.from_dict(dataset[:] | texts)
