@@ -3,11 +3,11 @@
 import datasets
 import numpy as np
 
-from prefix_tuning.data import e2e, text, webnlg
+from prefix_tuning.data import chat, e2e, text, webnlg
 from prefix_tuning.errors import UserError
 
 # (path, split, **options) -> a Dataset with at least the columns `source` and `target`, one pair a row
-DATASETS = {"e2e": e2e.load, "webnlg": webnlg.load, "text": text.load}
+DATASETS = {"e2e": e2e.load, "webnlg": webnlg.load, "text": text.load, "chat": chat.load}
 
 
 def subsample(dataset: datasets.Dataset, size: int, seed: int) -> datasets.Dataset:

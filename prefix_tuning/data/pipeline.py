@@ -21,6 +21,7 @@ WINDOW = 50  # batches sorted by length together: enough for little padding, few
 OPEN_ROWS = 64  # rows that packing still adds to; more pack hardly tighter and cost time
 SLACK = 1.25  # room for targets in a packed row, against the average: a row then rarely fills up with targets first
 SPECIAL = ("bos", "eos", "cls", "sep", "mask")  # tokens that templates may name
+CHAT = "{chat}"  # stands for a conversation as the tokenizer's chat template has it
 ROUND = 128  # packed rows are as long as the longest example, rounded up to this
 
 
@@ -80,16 +81,23 @@ def encode(
     max_source: int | None,
     max_target: int | None,
     virtual: int | None = None,
-) -> list[Tokens]:
+) -> list[Tokens] | list[Example]:
     """Tokenises the two templates for every row and ends each target with the end token, which `max_target` counts.
 
     Templates are `str.format`'s over the columns and the `SPECIAL` tokens; in the prompt {rows:N} stands for the next
-    N of the tokens `virtual`, `virtual` + 1, ...  Raises UserError for an unknown field, a prompt without tokens and a
-    tokenizer without an end token.
+    N of the tokens `virtual`, `virtual` + 1, ...  Where both are {chat}, every answer in a row's `messages` is a target
+    of its own.  Raises UserError for an unknown field, a prompt without tokens and a tokenizer without an end token.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token (eos_token), which every target ends with")
     _at_least_one(max_target=max_target)
+    if (CHAT in prompt) != (completion == CHAT):
+        raise UserError(f"text.prompt={prompt!r} and text.completion={completion!r}; expected {CHAT} in both or none")
+    if CHAT in prompt:
+        if max_target is not None:
+            raise UserError("text.max_target would cut answers short in a conversation; expected None with {chat}")
+        prompts = encode_prompts(dataset, tokenizer, prompt=prompt, max_source=max_source, virtual=virtual)
+        return [_conversation(row, tokenizer, last) for row, last in zip(dataset, prompts, strict=True)]
     prompts = encode_prompts(dataset, tokenizer, prompt=prompt, max_source=max_source, virtual=virtual)
     completions = _tokenise(_render(completion, dataset[:], tokenizer), tokenizer)
     kept = None if max_target is None else max_target - 1
@@ -113,6 +121,10 @@ def encode_prompts(
     """
     columns = dataset[:]
     _at_least_one(max_source=max_source)
+    if CHAT in prompt:
+        if max_source is not None:
+            raise UserError("text.max_source would cut a conversation's form; expected None with {chat}")
+        columns["chat"] = [_rendered(row, tokenizer) for row in dataset]
     if max_source is not None:
         # cut as text: the tokens of a source inside its template may differ from those of the source alone
         spans = tokenizer(columns["source"], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -132,6 +144,43 @@ def encode_prompts(
         if not (empty or any(virtual is None or token < virtual for token in tokens)):
             raise UserError(f"row {row}: the prompt {prompt!r} has no tokens; expected at least one to predict from")
     return prompts
+
+
+def _rendered(row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A row's conversation up to the answer that is asked for; a row without one asks with its `source`."""
+    asked = row["messages"][:-1] if "messages" in row else [{"role": "user", "content": row["source"]}]
+    if tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template, which {chat} in text.prompt needs")
+    try:
+        return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template raises whatever its author chose, for a system message say
+        raise UserError(f"the chat template refuses a conversation: {str(error).strip().splitlines()[0]}") from error
+
+
+def _conversation(row: dict, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> Example:
+    """A conversation of which every answer is a target, its end token included; `prompt` is all before the last one.
+
+    What stands before an answer is tokenised apart from it, as it is when answers are generated.
+    """
+    turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+    texts = [_rendered({"messages": row["messages"][: turn + 1]}, tokenizer) for turn in turns]
+    whole = _tokenise([texts[-1]], tokenizer)[0]
+    at = next((i for i in range(len(prompt) - len(whole) + 1) if prompt[i : i + len(whole)] == whole), None)
+    if at is None:
+        raise UserError("virtual tokens cannot stand within a conversation; expected them before or after {chat}")
+    read, index, targets, told = prompt[:at], [], [], ""
+    for turn, text in zip(turns, texts, strict=True):
+        if not text.startswith(told):
+            raise UserError("the chat template changes earlier turns of a conversation; expected it to append")
+        answer = row["messages"][turn]["content"]
+        asked, own = _tokenise([text[len(told) :], answer], tokenizer)  # the end token of the answer before is in it
+        own = [*own, tokenizer.eos_token_id]
+        read = [*read, *asked, *(prompt[at + len(whole) :] if turn == turns[-1] else [])]
+        index += range(len(read) - 1, len(read) - 1 + len(own))
+        targets += own
+        read += own[:-1]
+        told = text + answer
+    return Example(read, index, targets)
 
 
 def without(example: Example, virtual: int) -> Example:
