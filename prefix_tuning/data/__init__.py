@@ -1,13 +1,21 @@
-"""Data sets by name, as pairs of texts; a new one is a file with a `load` and a line in `DATASETS`."""
+"""Data sets by name; a new one is a file with a `load` and a line in `DATASETS`.
+
+Rows have the columns of one kind of task: `source` and `target` (writing), or those that `tasks.TASKS` read.
+"""
 
 import datasets
 import numpy as np
 
-from prefix_tuning.data import e2e, text, webnlg
+from prefix_tuning.data import e2e, glue, text, webnlg
 from prefix_tuning.errors import UserError
 
-# (path, split, **options) -> a Dataset with at least the columns `source` and `target`, one pair a row
-DATASETS = {"e2e": e2e.load, "webnlg": webnlg.load, "text": text.load}
+# (path, split, **options) -> a Dataset
+DATASETS = {
+    "e2e": e2e.load,
+    "glue": glue.load,
+    "text": text.load,
+    "webnlg": webnlg.load,
+}
 
 
 def subsample(dataset: datasets.Dataset, size: int, seed: int) -> datasets.Dataset:

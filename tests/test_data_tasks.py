@@ -1,0 +1,144 @@
+"""Loaders of tasks with chosen answers, on small files in each benchmark's own format and in the hub's columns."""
+
+import datasets
+import pytest
+from test_data import SHARED, _own_cache, error, needs_shared, write  # noqa: F401
+
+from prefix_tuning.data import glue
+
+
+def write_tsv(folder, name, *rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    return str(folder)
+
+
+def write_hub(folder, split, *rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(list(rows)).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def test_sst2_reads_files_with_and_without_a_header(tmp_path):
+    expected = [{"source": 'a " joy', "label": "positive"}, {"source": "bad", "label": "negative"}]
+    headed = write_tsv(tmp_path / "headed", "train.tsv", ("sentence", "label"), ('a " joy', "1"), ("bad", "0"))
+    bare = write_tsv(tmp_path / "bare", "train.tsv", ('a " joy', "1"), ("bad", "0"))
+    assert glue.load(headed, "train", task="sst2").to_list() == expected
+    assert glue.load(bare, "train", task="sst2").to_list() == expected
+
+
+GLUE = {  # task -> (folder, file, its lines, the row)
+    "cola": ("CoLA", "dev.tsv", [("gj04", "0", "*", "They drank the pub.")], ("They drank the pub.", "unacceptable")),
+    "mnli": (
+        "MNLI",
+        "dev_matched.tsv",
+        [("index", "sentence1", "sentence2", "label1", "gold_label"), ("0", "p", "h", "neutral", "contradiction")],
+        ("p", "h", "contradiction"),
+    ),
+    "mrpc": (
+        "MRPC",
+        "dev.tsv",
+        [("\ufeffQuality", "#1 ID", "#2 ID", "#1 String", "#2 String"), ("1", "7", "8", "one", "two")],
+        ("one", "two", "equivalent"),
+    ),
+    "qnli": (
+        "QNLI",
+        "dev.tsv",
+        [("index", "question", "sentence", "label"), ("0", "q", "s", "not_entailment")],
+        ("q", "s", "not_entailment"),
+    ),
+    "qqp": (
+        "QQP",
+        "dev.tsv",
+        [("id", "qid1", "qid2", "question1", "question2", "is_duplicate"), ("0", "1", "2", "one?", "two?", "1")],
+        ("one?", "two?", "duplicate"),
+    ),
+    "rte": (
+        "RTE",
+        "dev.tsv",
+        [("index", "sentence1", "sentence2", "label"), ("0", "one", "two", "entailment")],
+        ("one", "two", "entailment"),
+    ),
+    "sst2": ("SST-2", "dev.tsv", [("sentence", "label"), ("fine ", "1")], ("fine ", "positive")),
+    "wnli": (
+        "WNLI",
+        "dev.tsv",
+        [("index", "sentence1", "sentence2", "label"), ("0", "one", "two", "1")],
+        ("one", "two", "entailment"),
+    ),
+}
+
+
+@pytest.mark.parametrize("task", glue.TASKS)
+def test_glue_reads_the_benchmarks_files_in_their_folders(tmp_path, task):
+    folder, file, lines, row = GLUE[task]
+    write_tsv(tmp_path / folder, file, *lines)
+    columns = ["source", "label"] if len(row) == 2 else ["source", "source2", "label"]
+    for path in (tmp_path, tmp_path / folder):
+        assert glue.load(str(path), "validation", task=task).to_list() == [dict(zip(columns, row, strict=True))]
+
+
+def test_mnli_has_two_validation_splits(tmp_path):
+    header = ("sentence1", "sentence2", "gold_label")
+    write_tsv(tmp_path, "dev_matched.tsv", header, ("p", "h", "neutral"))
+    write_tsv(tmp_path, "dev_mismatched.tsv", header, ("q", "h", "entailment"))
+    options = {"task": "mnli", "mismatched": True}
+    assert glue.load(str(tmp_path), "validation", **options)["source"][:] == ["q"]
+    assert "mismatched=True is about task 'mnli'" in error(glue.load, ".", "train", task="rte", mismatched=True)
+
+
+def test_mnli_has_two_validation_splits_on_the_hub(monkeypatch):
+    names = ["train", "validation_matched", "validation_mismatched"]
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: names)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: [{"premise": split, "hypothesis": "h", "label": 1}])
+    for split, mismatched, premise in (("train", True, 0), ("validation", False, 1), ("validation", True, 2)):
+        rows = glue.load("glue", split, task="mnli", mismatched=mismatched).to_list()
+        assert rows == [{"source": names[premise], "source2": "h", "label": "neutral"}]
+
+
+def test_glue_reads_the_hubs_columns(tmp_path):
+    path = write_hub(tmp_path, "train", {"question": "q", "sentence": "s", "label": 1, "idx": 0})
+    write_hub(tmp_path, "test", {"question": "q", "sentence": "s", "label": -1, "idx": 0})
+    assert glue.load(path, "train", task="qnli").to_list() == [
+        {"source": "q", "source2": "s", "label": "not_entailment"}
+    ]
+    assert "row 0 has no label: the benchmark keeps those" in error(glue.load, path, "test", task="qnli")
+
+
+def test_glue_asks_the_hub_for_the_task(monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *name: asked.append(name) or [])
+    for path in ("nyu-mll/glue", "nyu-mll/glue:cola", "someone/cola"):
+        error(glue.load, path, "train", task="cola")
+    assert asked == [("nyu-mll/glue", "cola"), ("nyu-mll/glue", "cola"), ("someone/cola", None)]
+    message = error(glue.load, "nyu-mll/glue:sst2", "train", task="cola")
+    assert message == "path 'nyu-mll/glue:sst2' and task 'cola' are not the same; leave out ':sst2'"
+
+
+def test_glue_says_what_is_wrong(tmp_path):
+    assert "task 'stsb' is a regression and has no classes; valid: cola" in error(glue.load, ".", "train", task="stsb")
+    assert "unknown task 'sst'; valid: cola, mnli" in error(glue.load, ".", "train", task="sst")
+    path = write_tsv(tmp_path, "train.tsv", ("good", "1"), ("bad",))
+    assert "train.tsv:2 has 1 cells; expected 2: sentence, label" in error(glue.load, path, "train", task="sst2")
+    write_tsv(tmp_path, "train.tsv", ("good", "1"), ("bad", "2"))
+    message = error(glue.load, path, "train", task="sst2")
+    assert "train.tsv:2: label '2'; valid: negative, positive, or a number below 2" in message
+    write_tsv(tmp_path, "test.tsv", ("index", "sentence"), ("0", "good"))
+    assert "test.tsv:2 has no label" in error(glue.load, path, "test", task="sst2")
+    write_tsv(tmp_path, "dev.tsv", ("index", "text", "label"), ("0", "good", "1"))
+    assert "dev.tsv:2: no column 'sentence'; present: index" in error(glue.load, path, "validation", task="sst2")
+
+
+def test_qqp_leaves_its_broken_lines_out_and_says_so(tmp_path):
+    header = ("id", "qid1", "qid2", "question1", "question2", "is_duplicate")
+    path = write_tsv(tmp_path, "train.tsv", header, ("0", "1", "2", "broken"), ("1", "3", "4", "a", "b", "0"))
+    with pytest.warns(UserWarning, match=r"train.tsv: 1 broken lines are left out"):
+        rows = glue.load(path, "train", task="qqp").to_list()
+    assert rows == [{"source": "a", "source2": "b", "label": "not_duplicate"}]
+
+
+@needs_shared
+@pytest.mark.parametrize(("split", "size", "positive"), [("train", 6_920, 3_610), ("validation", 872, 444)])
+def test_real_sst2_has_the_published_counts(split, size, positive):
+    rows = glue.load(str(SHARED / "sst2"), split, task="sst2")
+    assert (len(rows), rows["label"][:].count("positive")) == (size, positive)
