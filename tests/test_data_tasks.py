@@ -2,9 +2,9 @@
 
 import datasets
 import pytest
-from test_data import SHARED, _own_cache, error, needs_shared, write  # noqa: F401
+from test_data import SHARED, _own_cache, error, jsonl, needs_shared, write  # noqa: F401
 
-from prefix_tuning.data import glue
+from prefix_tuning.data import glue, text
 
 
 def write_tsv(folder, name, *rows):
@@ -142,3 +142,47 @@ def test_qqp_leaves_its_broken_lines_out_and_says_so(tmp_path):
 def test_real_sst2_has_the_published_counts(split, size, positive):
     rows = glue.load(str(SHARED / "sst2"), split, task="sst2")
     assert (len(rows), rows["label"][:].count("positive")) == (size, positive)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"source": "a", "label": "good"},
+        {"source": "a", "source2": "b", "label": "1"},
+        {"words": ["a", "b"], "tags": ["O", "B-X"]},
+        {"source": "a", "choices": ["x", "y"], "label": 1},
+        {"source": "a", "source2": "b", "choices": ["x"], "label": 0},
+    ],
+)
+def test_text_keeps_rows_of_each_kind(tmp_path, row):
+    path = write(tmp_path, train__jsonl=jsonl(row | {"id": 7}, row))
+    assert text.load(path, "train").to_list() == [row, row]
+
+
+def test_text_reads_classes_from_csv(tmp_path):
+    path = write(tmp_path, test__csv="label,source\nNA,a\n0,b\n")
+    assert text.load(path, "test").to_list() == [{"source": "a", "label": "NA"}, {"source": "b", "label": "0"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"source": "a"}], ":1: no column of an answer (target, targets, label, words and tags, or choices and"),
+        ([{"source": "a", "target": "b", "label": "c"}], ":1: columns of several kinds of task, target, label; expect"),
+        ([{"source": "a", "label": "c"}, {"source": "a", "target": "b"}], ":2: another kind of task than the rows"),
+        ([{"source": "a", "label": "c"}, {"source": "a"}], ":2: no column 'label'; present: source"),
+        ([{"source": "a", "label": 1}], ":1: column 'label' holds 1; expected a string"),
+        ([{"source": "a", "source2": "b", "label": "c"}, {"source": "a", "label": "c"}], ":2: only some rows have"),
+        ([{"source": "a", "label": "c"}, {"source": "a", "source2": "b", "label": "c"}], ":2: only some rows have"),
+        ([{"source": "a", "source2": None, "label": "c"}], ":1: column 'source2' holds None; expected a string"),
+        ([{"words": ["a"], "tags": ["O", "O"]}], ":1: 1 words, but 2 tags; expected a tag for each word"),
+        ([{"words": "a b", "tags": ["O", "O"]}], ":1: column 'words' holds 'a b'; expected a list of strings"),
+        ([{"words": ["a"]}], ":1: no column 'tags'; present: words"),
+        ([{"source": "a", "choices": ["x", "y"], "label": 2}], "'label' holds 2; expected a number from 0 to 1"),
+        ([{"source": "a", "choices": ["x", "y"], "label": True}], "'label' holds True; expected a number from 0 to 1"),
+        ([{"source": "a", "choices": ["x", "y"], "label": "x"}], "'label' holds 'x'; expected a number from 0 to 1"),
+        ([{"source": "a", "choices": [], "label": 0}], "'choices' holds []; expected a list of strings"),
+    ],
+)
+def test_text_names_the_row_that_is_of_no_kind(tmp_path, rows, message):
+    assert message in error(text.load, write(tmp_path, train__jsonl=jsonl(*rows)), "train")

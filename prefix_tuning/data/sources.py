@@ -50,7 +50,8 @@ def rows(path: str, split: str, files: Files, aliases: Mapping[str, Sequence[str
         stream = files[split][file.name](file)
     else:
         present = ", ".join(name for name in SPLITS if found[name])
-        raise UserError(f"{path} has no {split} split ({' or '.join(files[split])}); present: {present}")
+        names = f" ({' or '.join(files[split])})" if files[split] else ""
+        raise UserError(f"{path} has no {split} split{names}; present: {present}")
     row = None
     try:
         for row in stream:
@@ -124,14 +125,34 @@ def lines_of(file: Path) -> Iterator[tuple[int, str]]:
             yield number, line.removesuffix("\n").removesuffix("\r")
 
 
-def string(row: Row, column: str) -> str:
-    """The text in one column of a row; raises UserError if the column is missing or holds something else."""
+def value(row: Row, column: str) -> Any:
+    """What one column of a row holds; raises UserError if the row has no such column."""
     if column not in row.fields:
         raise UserError(f"{row.where}: no column {column!r}; present: {', '.join(row.fields)}")
-    value = row.fields[column]
-    if not isinstance(value, str):
-        raise UserError(f"{row.where}: column {column!r} holds {value!r}; expected a string")
-    return value
+    return row.fields[column]
+
+
+def string(row: Row, column: str) -> str:
+    """The text in one column of a row; raises UserError if the column is missing or holds something else."""
+    if not isinstance(found := value(row, column), str):
+        raise UserError(f"{row.where}: column {column!r} holds {found!r}; expected a string")
+    return found
+
+
+def strings(row: Row, column: str) -> list[str]:
+    """The texts, at least one, in one column of a row; raises UserError as `string` does."""
+    found = value(row, column)
+    if not (isinstance(found, list) and found and all(isinstance(text, str) for text in found)):
+        raise UserError(f"{row.where}: column {column!r} holds {found!r}; expected a list of strings")
+    return found
+
+
+def integer(row: Row, column: str, below: int) -> int:
+    """The number from 0 to `below` - 1 in one column of a row; raises UserError as `string` does."""
+    found = value(row, column)
+    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < below:
+        raise UserError(f"{row.where}: column {column!r} holds {found!r}; expected a number from 0 to {below - 1}")
+    return found
 
 
 def class_name(row: Row, column: str, names: Sequence[str]) -> str:
@@ -139,14 +160,14 @@ def class_name(row: Row, column: str, names: Sequence[str]) -> str:
 
     Raises UserError for anything else, and for a row without a class, as test sets of benchmarks have.
     """
-    value = row.fields.get(column)
-    if value in (None, "", -1, "-1"):
+    found = row.fields.get(column)
+    if found in (None, "", -1, "-1"):
         raise UserError(f"{row.where} has no {column}: the benchmark keeps those of its test set; take another split")
     numbered = dict(enumerate(names)) | {str(number): name for number, name in enumerate(names)}
     numbered |= {name: name for name in names}
-    if isinstance(value, bool) or value not in numbered:
-        raise UserError(f"{row.where}: {column} {value!r}; valid: {', '.join(names)}, or a number below {len(names)}")
-    return numbered[value]
+    if isinstance(found, bool) or not isinstance(found, int | str) or found not in numbered:
+        raise UserError(f"{row.where}: {column} {found!r}; valid: {', '.join(names)}, or a number below {len(names)}")
+    return numbered[found]
 
 
 def with_config(path: str, collections: Sequence[str], config: str) -> str:
