@@ -1,10 +1,12 @@
 """Loaders of tasks with chosen answers, on small files in each benchmark's own format and in the hub's columns."""
 
+import json
+
 import datasets
 import pytest
 from test_data import SHARED, _own_cache, error, jsonl, needs_shared, write  # noqa: F401
 
-from prefix_tuning.data import glue, text
+from prefix_tuning.data import conll2003, glue, squad, text
 
 
 def write_tsv(folder, name, *rows):
@@ -186,3 +188,92 @@ def test_text_reads_classes_from_csv(tmp_path):
 )
 def test_text_names_the_row_that_is_of_no_kind(tmp_path, rows, message):
     assert message in error(text.load, write(tmp_path, train__jsonl=jsonl(*rows)), "train")
+
+
+CONLL = """-DOCSTART- -X- -X- O
+
+EU NNP B-NP I-ORG
+and CC I-NP O
+New NNP I-NP I-LOC
+York NNP I-NP I-LOC
+Paris NNP I-NP B-LOC
+
+\tBonn NNP I-NP I-MISC\r
+IBM NNP I-NP I-ORG"""
+
+
+def test_conll2003_reads_columns_and_begins_entities_with_b(tmp_path):
+    expected = [
+        {"words": ["EU", "and", "New", "York", "Paris"], "tags": ["B-ORG", "O", "B-LOC", "I-LOC", "B-LOC"]},
+        {"words": ["Bonn", "IBM"], "tags": ["B-MISC", "B-ORG"]},
+    ]
+    path = write(tmp_path, eng__train=CONLL, valid__txt=CONLL + "\n\n\n")
+    assert conll2003.load(path, "train").to_list() == expected
+    assert conll2003.load(path, "validation").to_list() == expected
+
+
+def test_iob2_is_left_alone():
+    tags = ["B-PER", "I-PER", "B-PER", "O", "B-LOC", "B-PER", "I-PER"]
+    assert conll2003.iob2(tags) == tags
+    assert conll2003.iob2([]) == []
+
+
+def test_conll2003_reads_the_hubs_numbers(tmp_path):
+    path = write_hub(tmp_path, "test", {"id": "0", "tokens": ["A", "B", "C", "D"], "ner_tags": [1, 2, 0, 7]})
+    assert conll2003.load(path, "test").to_list() == [
+        {"words": ["A", "B", "C", "D"], "tags": ["B-PER", "I-PER", "O", "B-MISC"]}
+    ]
+    path = write_hub(tmp_path / "more", "test", {"tokens": ["A"], "ner_tags": [9]})
+    assert "row 0: tag 9; expected a number from 0 to 8" in error(conll2003.load, path, "test")
+    path = write_hub(tmp_path / "short", "test", {"tokens": ["A", "B"], "ner_tags": [1]})
+    assert "row 0: column 'ner_tags' holds [1]; expected a tag for each of" in error(conll2003.load, path, "test")
+
+
+@pytest.mark.parametrize("line", ["EU", "EU NNP I-NP ORG", "EU B-"])
+def test_conll2003_names_the_malformed_line(tmp_path, line):
+    path = write(tmp_path, test__txt=f"A NNP I-NP O\n{line}\n")
+    assert f"test.txt:2 is not `WORD ... TAG`, TAG being O, B-TYPE or I-TYPE: {line!r}" in error(
+        conll2003.load, path, "test"
+    )
+
+
+def squad_json(context, *questions):
+    asked = [
+        {"id": str(number), "question": question, "answers": [{"text": t, "answer_start": s} for t, s in answers]}
+        for number, (question, answers) in enumerate(questions)
+    ]
+    return json.dumps({"version": "1", "data": [{"title": "T", "paragraphs": [{"context": context, "qas": asked}]}]})
+
+
+CONTEXT = "Café Rouge is in Paris, in Paris."
+QUESTION = {"source": "Where?", "source2": CONTEXT, "answers": ["Paris", "in Paris"], "starts": [17, 14]}
+NOWHERE = {"source": "When?", "source2": CONTEXT, "answers": [], "starts": []}
+
+
+def test_squad_reads_the_benchmarks_json(tmp_path):
+    content = squad_json(CONTEXT, ("Where?", [("Paris", 17), ("in Paris", 14)]), ("When?", []))
+    (tmp_path / "train-v2.0.json").write_text(content, encoding="utf-8")
+    assert squad.load(str(tmp_path), "train").to_list() == [QUESTION, NOWHERE]
+    assert "has no test split; present: train" in error(squad.load, str(tmp_path), "test")
+    (tmp_path / "dev-v1.1.json").write_text(content, encoding="utf-8")
+    message = error(squad.load, str(tmp_path), "train")
+    assert "two versions, train-v2.0.json, dev-v1.1.json; expected a folder with one" in message
+
+
+def test_squad_reads_the_hubs_columns(tmp_path):
+    answers = {"text": ["Paris", "in Paris"], "answer_start": [17, 14]}
+    rows = [{"id": "0", "title": "T", "context": CONTEXT, "question": "Where?", "answers": answers}]
+    rows.append(rows[0] | {"question": "When?", "answers": {"text": [], "answer_start": []}})
+    path = write_hub(tmp_path, "validation", *rows)
+    assert squad.load(path, "validation").to_list() == [QUESTION, NOWHERE]
+
+
+def test_squad_says_what_is_wrong(tmp_path):
+    (tmp_path / "dev-v1.1.json").write_text(squad_json(CONTEXT, ("Where?", [("Paris", 16)])), encoding="utf-8")
+    message = error(squad.load, str(tmp_path), "validation")
+    assert "dev-v1.1.json, question 0: the context does not say 'Paris' at character 16" in message
+    for content in ('{"rows": []}', '{"data": [{"paragraphs": [{"context": "c"}]}]}', "[", '{"data": 3}'):
+        (tmp_path / "dev-v1.1.json").write_text(content)
+        assert "dev-v1.1.json is not SQuAD's JSON" in error(squad.load, str(tmp_path), "validation")
+    path = write_hub(tmp_path / "hub", "train", {"question": "q", "context": "c", "answers": ["c"]})
+    assert "row 0: no answers with text and answer_start" in error(squad.load, path, "train")
