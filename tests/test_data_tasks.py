@@ -6,7 +6,7 @@ import datasets
 import pytest
 from test_data import SHARED, _own_cache, error, jsonl, needs_shared, write  # noqa: F401
 
-from prefix_tuning.data import conll2003, glue, squad, text
+from prefix_tuning.data import conll2003, glue, squad, superglue, text
 
 
 def write_tsv(folder, name, *rows):
@@ -277,3 +277,113 @@ def test_squad_says_what_is_wrong(tmp_path):
         assert "dev-v1.1.json is not SQuAD's JSON" in error(squad.load, str(tmp_path), "validation")
     path = write_hub(tmp_path / "hub", "train", {"question": "q", "context": "c", "answers": ["c"]})
     assert "row 0: no answers with text and answer_start" in error(squad.load, path, "train")
+
+
+WSC = "Mark told Pete lies, which he included in his book. He should have been wary."
+SUPERGLUE = {  # task -> (folder, a line of the benchmark's, columns of the hub's, the row)
+    "boolq": (
+        "BoolQ",
+        {"question": "q", "passage": "p", "idx": 0, "label": True},
+        {"question": "q", "passage": "p", "label": 1},
+        {"source": "q", "source2": "p", "label": "True"},
+    ),
+    "cb": (
+        "CB",
+        {"premise": "p", "hypothesis": "h", "label": "neutral", "idx": 0},
+        {"premise": "p", "hypothesis": "h", "label": 2},
+        {"source": "p", "source2": "h", "label": "neutral"},
+    ),
+    "copa": (
+        "COPA",
+        {"premise": "p", "choice1": "a", "choice2": "b", "question": "cause", "label": 1, "idx": 0},
+        {"premise": "p", "choice1": "a", "choice2": "b", "question": "cause", "label": 1},
+        {"source": "p", "source2": "What was the cause?", "choices": ["a", "b"], "label": 1},
+    ),
+    "multirc": (
+        "MultiRC",
+        {"passage": {"text": "p", "questions": [{"question": "q?", "answers": [{"text": "a\tb", "label": 0}]}]}},
+        {"paragraph": "p", "question": "q?", "answer": "a\tb", "label": 0},
+        {"source": "q? p", "source2": "a b", "label": "False"},
+    ),
+    "rte": (
+        "RTE",
+        {"premise": "p", "hypothesis": "h", "label": "not_entailment", "idx": 0},
+        {"premise": "p", "hypothesis": "h", "label": 1},
+        {"source": "p", "source2": "h", "label": "not_entailment"},
+    ),
+    "wic": (
+        "WiC",
+        {"word": "bed", "sentence1": "A bed.", "sentence2": "A river bed.", "label": False, "start1": 2},
+        {"word": "bed", "sentence1": "A bed.", "sentence2": "A river bed.", "label": 0},
+        {"source": "bed: A bed.", "source2": "A river bed.", "label": "False"},
+    ),
+    "wsc": (
+        "WSC",
+        {"text": WSC, "target": {"span1_text": "Pete", "span2_text": "He", "span2_index": 9}, "label": True},
+        {"text": WSC, "span1_text": "Pete", "span2_text": "He", "span2_index": 10, "label": 1},
+        {"source": WSC.replace("He", "*He*"), "source2": "Pete", "label": "True"},
+    ),
+}
+
+
+@pytest.mark.parametrize("task", superglue.TASKS)
+def test_superglue_reads_the_benchmarks_files_and_the_hubs_columns(tmp_path, task):
+    folder, line, columns, row = SUPERGLUE[task]
+    (tmp_path / folder).mkdir()
+    write(tmp_path / folder, val__jsonl=jsonl(line))
+    for path in (tmp_path, tmp_path / folder):
+        assert superglue.load(str(path), "validation", task=task).to_list() == [row]
+    path = write_hub(tmp_path / "hub", "train", columns)
+    assert superglue.load(path, "train", task=task).to_list() == [row]
+
+
+def test_multirc_has_a_row_for_every_answer(tmp_path):
+    answers = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+    questions = [{"question": "q1", "answers": answers}, {"question": "q2", "answers": answers[:1]}]
+    path = write(tmp_path, train__jsonl=jsonl({"idx": 0, "passage": {"text": "p", "questions": questions}}))
+    rows = superglue.load(path, "train", task="multirc").to_list()
+    assert [tuple(row.values()) for row in rows] == [
+        ("q1 p", "a", "True"),
+        ("q1 p", "b", "False"),
+        ("q2 p", "a", "True"),
+    ]
+
+
+def test_wsc_marks_the_pronoun_nearest_to_its_number(tmp_path):
+    for number, marked in ((1, "Ann met *her,* and her cat"), (4, "Ann met her, and *her* cat")):
+        fields = {"text": "Ann met her, and her cat", "span1_text": "Ann", "span2_text": "her", "label": False}
+        path = write(tmp_path, train__jsonl=jsonl(fields | {"span2_index": number}))
+        assert superglue.load(path, "train", task="wsc")["source"][:] == [marked]
+
+
+def test_superglue_says_what_is_wrong(tmp_path):
+    assert "unknown task 'record'; valid: boolq, cb" in error(superglue.load, ".", "train", task="record")
+    for task, (_, line, _, _) in SUPERGLUE.items():
+        unlabelled = {key: value for key, value in line.items() if key != "label"}
+        if task == "multirc":
+            passage = {"text": "p", "questions": [{"question": "q", "answers": [{"text": "a"}]}]}
+            unlabelled = {"passage": passage}
+        path = write(tmp_path, test__jsonl=jsonl(unlabelled))
+        assert "test.jsonl:1 has no label: the benchmark keeps" in error(superglue.load, path, "test", task=task)
+    for task, changed, message in (
+        (
+            "wsc",
+            {"target": {"span1_text": "Pete", "span2_text": "they", "span2_index": 3}},
+            "has no word 'they'; expected",
+        ),
+        (
+            "wsc",
+            {"target": {"span1_text": "Pete", "span2_text": "He", "span2_index": 99}},
+            "holds 99; expected a number",
+        ),
+        ("wsc", {"target": 3}, "is no line of SuperGLUE (TypeError"),
+        ("copa", {"question": "why"}, "unknown question in"),
+        ("copa", {"label": 2}, "label 2; valid: 0, 1"),
+        ("boolq", {"passage": None}, "column 'passage' holds None; expected a string"),
+        ("boolq", {"label": "yes"}, "label 'yes'; valid: False, True"),
+        ("cb", {"label": True}, "label 'True'; valid: entailment, contradiction, neutral"),
+        ("multirc", {"passage": {"text": "p"}}, "is no line of SuperGLUE (KeyError: 'questions')"),
+    ):
+        path = write(tmp_path, train__jsonl=jsonl(SUPERGLUE[task][1] | changed))
+        assert message in (found := error(superglue.load, path, "train", task=task))
+        assert "train.jsonl:1" in found

@@ -33,6 +33,22 @@ def test_mcc():
     assert score(["mcc"], ["1"] * 7, right) == {"mcc": 0.0}
 
 
+def test_multirc_groups_answers_by_question():
+    sources = ["q1 p\ta", "q2 p\ta", "q1 p\tb", "q2 p\tb", "q3\tp\ta"]
+    right = [["True"], ["True"], ["False"], ["False"], ["True"]]
+    # q1 and q3 are all right; of the Trues 3 are found, and one too many
+    scores = score(["multirc"], ["True", "True", "False", "True", "True"], right, sources)
+    assert scores == pytest.approx({"multirc_f1a": 2 * 3 / (4 + 3), "multirc_em": 2 / 3})
+    assert score(["multirc"], ["False"], [["False"]], ["q\ta"]) == {"multirc_f1a": 0.0, "multirc_em": 1.0}
+
+
+def test_multirc_says_what_is_wrong():
+    with pytest.raises(ValueError, match="needs the sources"):
+        score(["multirc"], ["True"], [["True"]])
+    with pytest.raises(ValueError, match="is about True and False, not 'yes'"):
+        score(["multirc"], ["yes"], [["True"]], ["q\ta"])
+
+
 @pytest.mark.parametrize("name", ["f1", "mcc", "seqeval"])
 def test_one_class_is_right(name):
     with pytest.raises(ValueError, match="group 2 of 2 has 2 references; expected one class"):

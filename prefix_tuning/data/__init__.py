@@ -6,7 +6,7 @@ Rows have the columns of one kind of task: `source` and `target` (writing), or t
 import datasets
 import numpy as np
 
-from prefix_tuning.data import conll2003, e2e, glue, squad, text, webnlg
+from prefix_tuning.data import conll2003, e2e, glue, squad, superglue, text, webnlg
 from prefix_tuning.errors import UserError
 
 # (path, split, **options) -> a Dataset
@@ -15,6 +15,7 @@ DATASETS = {
     "e2e": e2e.load,
     "glue": glue.load,
     "squad": squad.load,
+    "superglue": superglue.load,
     "text": text.load,
     "webnlg": webnlg.load,
 }

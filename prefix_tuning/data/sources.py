@@ -156,7 +156,7 @@ def integer(row: Row, column: str, below: int) -> int:
 
 
 def class_name(row: Row, column: str, names: Sequence[str]) -> str:
-    """The class in one column of a row, given by its name or, as on the hub, by its number in `names`.
+    """The class in one column of a row, given by its name, by True or False, or by its number in `names`.
 
     Raises UserError for anything else, and for a row without a class, as test sets of benchmarks have.
     """
@@ -165,7 +165,8 @@ def class_name(row: Row, column: str, names: Sequence[str]) -> str:
         raise UserError(f"{row.where} has no {column}: the benchmark keeps those of its test set; take another split")
     numbered = dict(enumerate(names)) | {str(number): name for number, name in enumerate(names)}
     numbered |= {name: name for name in names}
-    if isinstance(found, bool) or not isinstance(found, int | str) or found not in numbered:
+    found = str(found) if isinstance(found, bool) else found
+    if not isinstance(found, int | str) or found not in numbered:
         raise UserError(f"{row.where}: {column} {found!r}; valid: {', '.join(names)}, or a number below {len(names)}")
     return numbered[found]
 

@@ -2,7 +2,7 @@
 
 A metric is a function of (predictions, references, sources): one text, the list of texts that would have been right,
 and the input that the prediction was made from.  It returns named numbers, None standing for one that cannot be
-computed on this machine.  Only `slots` looks at the sources.
+computed on this machine.  Only `slots` and `multirc` look at the sources.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ METRICS: dict[str, Callable[[list[str], list[list[str]], list[str] | None], dict
     "exact_match": text.exact_match,
     "f1": classes.f1,
     "mcc": classes.mcc,
+    "multirc": classes.multirc,
     "rouge": text.rouge,
     "seqeval": entities.seqeval,
     "slots": slots.slots,

@@ -30,6 +30,27 @@ def mcc(predictions: list[str], references: list[list[str]], sources: list[str] 
     return {"mcc": float(matthews_corrcoef(only(references), predictions))}
 
 
+def multirc(predictions: list[str], references: list[list[str]], sources: list[str] | None = None) -> dict[str, float]:
+    """MultiRC's F1 of the answers that are "True", and the share of questions with all answers right (N18-1023).
+
+    A question is what its answers' sources have before their last tab, as the data set `superglue` writes them; drawing
+    a part of the rows may part a question's.  A `ValueError` without sources, or for another class than True and False.
+    """
+    if sources is None:
+        raise ValueError("the metric 'multirc' needs the sources, which say which answers are to one question")
+    right = only(references)
+    if odd := {*right, *predictions} - {"False", "True"}:
+        raise ValueError(f"the metric 'multirc' is about True and False, not {min(odd)!r}")
+    questions: dict[str, bool] = {}
+    for source, prediction, answer in zip(sources, predictions, right, strict=True):
+        question = source.rpartition("\t")[0]
+        questions[question] = questions.get(question, True) and prediction == answer
+    return {
+        "multirc_f1a": float(f1_score(right, predictions, pos_label="True", zero_division=0.0)),
+        "multirc_em": sum(questions.values()) / len(questions),
+    }
+
+
 def only(references: list[list[str]]) -> list[str]:
     """The one reference of every group; a `ValueError` naming the first group with more."""
     for number, group in enumerate(references, 1):
