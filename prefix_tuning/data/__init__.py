@@ -1,13 +1,25 @@
-"""Data sets by name, as pairs of texts; a new one is a file with a `load` and a line in `DATASETS`."""
+"""Data sets by name; a new one is a file with a `load` and a line in `DATASETS`.
+
+Rows have the columns of one kind of task: `source` and `target` (writing), or those that `tasks.TASKS` read.
+"""
 
 import datasets
 import numpy as np
 
-from prefix_tuning.data import chat, e2e, text, webnlg
+from prefix_tuning.data import chat, conll2003, e2e, glue, squad, superglue, text, webnlg
 from prefix_tuning.errors import UserError
 
-# (path, split, **options) -> a Dataset with at least the columns `source` and `target`, one pair a row
-DATASETS = {"e2e": e2e.load, "webnlg": webnlg.load, "text": text.load, "chat": chat.load}
+# (path, split, **options) -> a Dataset
+DATASETS = {
+    "chat": chat.load,
+    "conll2003": conll2003.load,
+    "e2e": e2e.load,
+    "glue": glue.load,
+    "squad": squad.load,
+    "superglue": superglue.load,
+    "text": text.load,
+    "webnlg": webnlg.load,
+}
 
 
 def subsample(dataset: datasets.Dataset, size: int, seed: int) -> datasets.Dataset:

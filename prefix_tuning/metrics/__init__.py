@@ -1,21 +1,27 @@
-"""Scores of generated text; nothing here imports JAX.
+"""Scores of answers, written or chosen; nothing here imports JAX.
 
 A metric is a function of (predictions, references, sources): one text, the list of texts that would have been right,
 and the input that the prediction was made from.  It returns named numbers, None standing for one that cannot be
-computed on this machine.  Only `slots` looks at the sources.
+computed on this machine.  Only `slots` and `multirc` look at the sources.
 """
 
 from collections.abc import Callable, Sequence
 
-from prefix_tuning.metrics import e2e, slots, text
+from prefix_tuning.metrics import classes, e2e, entities, slots, squad, text
 
 METRICS: dict[str, Callable[[list[str], list[list[str]], list[str] | None], dict[str, float | None]]] = {
+    "accuracy": classes.accuracy,
     "bleu": text.bleu,
     "chrf": text.chrf,
     "e2e": e2e.e2e,
     "exact_match": text.exact_match,
+    "f1": classes.f1,
+    "mcc": classes.mcc,
+    "multirc": classes.multirc,
     "rouge": text.rouge,
+    "seqeval": entities.seqeval,
     "slots": slots.slots,
+    "squad": squad.squad,
     "ter": text.ter,
 }
 
