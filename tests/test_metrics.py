@@ -201,7 +201,10 @@ def test_slots_counts_whole_words_in_any_case():
     assert score(["slots"], predictions, [["x"], ["x"]], sources) == {"slot_accuracy": pytest.approx(100 * 4 / 6)}
 
 
-@pytest.mark.parametrize("name", sorted(METRICS))
+CHOSEN = ("f1", "mcc", "multirc", "seqeval")  # these are about names of classes, with one reference each
+
+
+@pytest.mark.parametrize("name", sorted(set(METRICS) - set(CHOSEN)))
 def test_every_metric_takes_empty_and_foreign_predictions(name, no_java):
     with warnings.catch_warnings(action="ignore"):
         scores = score([name], ["", "Müller\n日本"], [["a pub"], ["a bar", ""]], ["name : pub", "name : bar"])
@@ -212,7 +215,7 @@ def test_every_metric_takes_empty_and_foreign_predictions(name, no_java):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((["blue"], ["a"], [["a"]]), "unknown metric 'blue'; valid: bleu, chrf, e2e, exact_match, rouge, slots, ter"),
+        ((["blue"], ["a"], [["a"]]), f"unknown metric 'blue'; valid: {', '.join(sorted(METRICS))}"),
         ((["bleu"], [], []), "nothing to score: 0 predictions, 0 groups"),
         ((["bleu"], ["a"], [["a"], ["b"]]), "1 predictions, but 2 groups of references"),
         ((["bleu"], ["a", "b"], [["a"], []]), "group 2 of 2 has no reference"),
