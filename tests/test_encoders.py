@@ -153,6 +153,12 @@ def test_what_an_encoder_refuses(twin, tmp_path):
         with pytest.raises(UserError, match=message):
             models.build({"model_type": family, **ENCODERS[family], "type_vocab_size": 2, **entry})
     kv = KV(jnp.ones((3, P, 2, 5)), jnp.ones((3, P, 2, 5)))
+    prefix = Adaptation(encoder=LayerHooks(kv={"self": kv}), shift=jnp.int32(P))
+    with pytest.raises(UserError, match="PEFT's folder is written for prefixes of decoders"):
+        prefix_tuning.save_adapter(tmp_path / "adapter", prefix, model)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}')
+    with pytest.raises(UserError, match="PEFT's folder is read for prefixes of decoders; this model is an encoder"):
+        prefix_tuning.load_adapter(tmp_path, model, frozen)
     with pytest.raises(UserError, match="this model has no decoder to adapt; valid: encoder"):
         model.hidden(frozen, Adaptation(LayerHooks(kv={"self": kv})), batch_of(ROWS))
 

@@ -334,6 +334,7 @@ RUNS = {
         'name="classify", labels=("no", "yes"), words=None',
         6,
     ),
+    "classify by a decoder": (classified, "{source} ? {source2} ?", 'name="classify", labels=("no", "yes")', 40),
     "tag": (tagged, "{cls}{words}{sep}", 'name="tag", labels=("O", "B-V")', 4),
     "choice": (chosen, "{cls}{source}{sep}{choice}{sep}", 'name="choice"', 6),
     "span": (extracted, "{cls}{source}{sep}{source2}{sep}", 'name="span"', 8),
@@ -345,17 +346,16 @@ def folder(tmp_path, monkeypatch, request):
     """A tiny BERT, rows of one task, and a config."""
     make, prompt, objective, epochs = RUNS[request.param]
     config = {
-        "model_type": "bert",
         "hidden_size": 24,
         "num_attention_heads": 2,
         "intermediate_size": 40,
         "num_hidden_layers": 2,
         "vocab_size": V,
         "max_position_embeddings": 64,
-        "type_vocab_size": 2,
         "initializer_range": 0.3,
     }
-    model = models.build(config)
+    kind = {"model_type": "llama"} if "decoder" in request.param else {"model_type": "bert", "type_vocab_size": 2}
+    model = models.build(config | kind)
     loading.save_pretrained(tmp_path / "model", model, loading.initialise(jax.random.key(1), model))
     TOKENIZER.save_pretrained(tmp_path / "model")
     rng = np.random.default_rng(0)

@@ -23,6 +23,8 @@ def save_adapter(folder: str | Path, adaptation: Adaptation, model: Model, base:
     `base` names the frozen model.  Raises `UserError` for what PEFT's prefix tuning cannot express.
     """
     folder = Path(folder)
+    if "decoder" not in model.sites:
+        raise UserError("PEFT's folder is written for prefixes of decoders; this one is an encoder's, with a head")
     kv = (adaptation.decoder.kv or {}).get("self")
     if kv is None or kv.k.ndim != 4:
         raise UserError("PEFT's prefix tuning holds one shared prefix of keys and values; this adaptation has none")
@@ -70,6 +72,8 @@ def load_adapter(folder: str | Path, model: Model) -> Adaptation:
     config = read_json(folder / CONFIG, "a folder in PEFT's layout")
     if config.get("peft_type") != "PREFIX_TUNING":
         raise UserError(f"{folder / CONFIG} holds peft_type {config.get('peft_type')!r}; expected 'PREFIX_TUNING'")
+    if "decoder" not in model.sites:
+        raise UserError(f"{folder}: PEFT's folder is read for prefixes of decoders; this model is an encoder")
     sites = model.sites["decoder"]
     shape = (sites.layers, 2, *sites.kv["self"])
     for key, tensor in loading.read(folder / WEIGHTS):
