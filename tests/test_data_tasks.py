@@ -1,4 +1,4 @@
-"""Loaders of tasks with chosen answers, on small files in each benchmark's own format and in the hub's columns."""
+"""Loaders of the benchmarks beside E2E and WebNLG, on small files in their own formats and in the hub's columns."""
 
 import json
 
@@ -6,7 +6,7 @@ import datasets
 import pytest
 from test_data import SHARED, _own_cache, error, jsonl, needs_shared, write  # noqa: F401
 
-from prefix_tuning.data import conll2003, glue, squad, superglue, text
+from prefix_tuning.data import conll2003, dart, glue, squad, superglue, text, xsum
 
 
 def write_tsv(folder, name, *rows):
@@ -387,3 +387,47 @@ def test_superglue_says_what_is_wrong(tmp_path):
         path = write(tmp_path, train__jsonl=jsonl(SUPERGLUE[task][1] | changed))
         assert message in (found := error(superglue.load, path, "train", task=task))
         assert "train.jsonl:1" in found
+
+
+TRIPLES = [["Mars", "HAS_MOON", "Phobos"], ["[TABLECONTEXT]", "Title", "Moons : all"]]
+DART = [
+    {"source": "Mars : has_moon : Phobos | [TABLECONTEXT] : title : Moons : all", "target": target}
+    for target in ("Phobos orbits Mars.", "Mars has Phobos.")
+]
+
+
+def test_dart_reads_the_releases_json_and_the_hubs_columns(tmp_path):
+    texts = [{"source": "x", "text": f"{pair['target']} "} for pair in DART]
+    content = json.dumps([{"tripleset": TRIPLES, "subtree_was_extended": False, "annotations": texts}])
+    (tmp_path / "dart-v1.1.1-full-dev.json").write_text(content)
+    assert dart.load(str(tmp_path), "validation").to_list() == DART
+    annotations = {"source": ["x", "y"], "text": [pair["target"] for pair in DART]}
+    path = write_hub(tmp_path / "hub", "test", {"tripleset": TRIPLES, "annotations": annotations})
+    assert dart.load(path, "test").to_list() == DART
+
+
+def test_dart_says_what_is_wrong(tmp_path):
+    for content in ("{", '{"a": 1}', '[{"tripleset": []}]'):
+        (tmp_path / "dart-v1.1.1-full-train.json").write_text(content)
+        assert "full-train.json is not DART's JSON" in error(dart.load, str(tmp_path), "train")
+    (tmp_path / "dart-v1.1.1-full-train.json").write_text('[{"tripleset": [["a", "b"]], "annotations": []}]')
+    message = error(dart.load, str(tmp_path), "train")
+    assert "entry 0: not DART's columns; present: tripleset, annotations" in message
+
+
+def test_xsum_reads_lines_and_the_hubs_columns(tmp_path):
+    write(tmp_path, val__source="a b\nc\n", val__target="A.\nC.\n")
+    expected = [{"source": "a b", "target": "A."}, {"source": "c", "target": "C."}]
+    assert xsum.load(str(tmp_path), "validation").to_list() == expected
+    rows = [{"document": "a\nb", "summary": "A.", "id": "1"}, {"document": "c", "summary": "C.", "id": "2"}]
+    assert xsum.load(write_hub(tmp_path / "hub", "train", *rows), "train").to_list() == expected
+
+
+def test_xsum_says_what_is_wrong(tmp_path):
+    path = write(tmp_path, test__source="a\nb\n")
+    assert "test.source has no test.target beside it" in error(xsum.load, path, "test")
+    for summaries in ("A.\n", "A.\nB.\nC.\n"):
+        write(tmp_path, test__target=summaries)
+        assert "test.source and test.target differ in length" in error(xsum.load, path, "test")
+    hub = write_hub(tmp_path / "hub", "train", {"article": "a", "summary": "A."})
+    assert "row 0: no column 'document'; present: article, summary" in error(xsum.load, hub, "train")

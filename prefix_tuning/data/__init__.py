@@ -6,19 +6,21 @@ Rows have the columns of one kind of task: `source` and `target` (writing), or t
 import datasets
 import numpy as np
 
-from prefix_tuning.data import chat, conll2003, e2e, glue, squad, superglue, text, webnlg
+from prefix_tuning.data import chat, conll2003, dart, e2e, glue, squad, superglue, text, webnlg, xsum
 from prefix_tuning.errors import UserError
 
 # (path, split, **options) -> a Dataset
 DATASETS = {
     "chat": chat.load,
     "conll2003": conll2003.load,
+    "dart": dart.load,
     "e2e": e2e.load,
     "glue": glue.load,
     "squad": squad.load,
     "superglue": superglue.load,
     "text": text.load,
     "webnlg": webnlg.load,
+    "xsum": xsum.load,
 }
 
 
