@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments import compare
+from experiments import compare, style
+from prefix_tuning.files import read_lines
 
 
 def finished(root, method, seed, bleu, step=1):
@@ -51,3 +52,49 @@ def test_validation_records_are_halved_where_there_is_no_test_split(tmp_path):
     assert [line[-2] for line in second] == ["c", "c", "d", "d"]
     (tmp_path / "e2e" / "src1_test.txt").write_text("name : Z||z\n")
     assert compare.halve(options, tmp_path) == options
+
+
+# --- Style
+
+
+def test_pairs_are_in_the_style_and_kinds_of_the_test_split_are_new(tmp_path):
+    style.write(tmp_path)
+    rows = {split: read_lines(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    assert [len(own) for own in rows.values()] == [300, 20, 60]
+    assert all(style.follows(row["instruction"], row["output"]) for own in rows.values() for row in own)
+    kinds = {s: {k for k in style.KINDS for row in own if f" {k}" in row["instruction"]} for s, own in rows.items()}
+    assert not kinds["train"] & (kinds["test"] | kinds["validation"])
+    style.write(tmp_path / "again")
+    assert (tmp_path / "again" / "train.jsonl").read_text() == (tmp_path / "train.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("1. Oak\n2. Pine\nThat makes two.", True),
+        ("1. Oak\n2. Brown bear\nThat makes two.", True),
+        ("1. Oak\n2. Pine\n3. Ash\nThat makes three.", False),
+        ("1. Oak\n2. Pine", False),
+        ("1. Oak\n2. Pine\nThat makes three.", False),
+        ("1. Oak\n2. Oak\nThat makes two.", False),
+        ("1. oak\n2. Pine\nThat makes two.", False),
+        ("1. Oak\n3. Pine\nThat makes two.", False),
+        ("Oak and pine.", False),
+    ],
+)
+def test_following_the_style(text, right):
+    assert style.follows("Name two trees.", text) is right
+
+
+def test_style_report_counts_answers(tmp_path):
+    (tmp_path / "predictions").mkdir()
+    asked = {"source": "Name two trees.", "references": ["-"]}
+    for file, texts in (("untuned", ["Oak"] * 2), ("test_7", ["1. Oak\n2. Ash\nThat makes two.", "Oak"])):
+        rows = "".join(json.dumps(asked | {"prediction": text}) + "\n" for text in texts)
+        (tmp_path / "predictions" / f"{file}.jsonl").write_text(rows)
+    summary = {"steps": 7, "untuned": {"rougeL": 1.0}, "tuned": {"rougeL": 50.0}, "seconds": 90}
+    summary["parameters"] = {"trained": 20, "frozen": 1000}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    lines = style.report(tmp_path).splitlines()
+    assert lines[2:4] == ["| before | 0 of 2 | 1.0 |", "| after | 1 of 2 | 50.0 |"]
+    assert lines[-1] == "20 of 1,000 parameters, 7 steps, 1.5 minutes of training"
