@@ -35,6 +35,22 @@ METHODS = {
     "adapter": {"form": "pfeiffer", "bottleneck": 8, "activation": "relu", "scale": None, "sublayer": None},
     "finetune": {"top_layers": None, "embedding": None, "biases": False},
 }
+# Where each method's learning rate starts on a small model; experiments/compare.py looks around them.
+RATES = {
+    "prefix": 5e-3,
+    "infix": 5e-3,
+    "prompt": 3e-2,
+    "ptuning": 1e-3,
+    "memory": 5e-4,
+    "propagation": 1e-2,
+    "lora": 1e-3,
+    "adapter": 3e-3,
+    "finetune": 1e-4,
+    "mam": 3e-3,
+    "unipelt": 3e-3,
+    "bitfit": 5e-3,
+    "ft_top2": 5e-4,
+}
 # Compositions and variants with a name in the papers: name -> (the methods in them, what differs from the above).
 PRESETS = {
     "mam": (

@@ -9,23 +9,6 @@ src1_valid.txt.  On two x86-64 cores: 6.4 minutes of training, 60.7 BLEU (experi
 
 from configs import common
 
-# Where each method's learning rate starts; experiments/compare.py looks around them.
-RATES = {
-    "prefix": 5e-3,
-    "infix": 5e-3,
-    "prompt": 3e-2,
-    "ptuning": 1e-3,
-    "memory": 5e-4,
-    "propagation": 1e-2,
-    "lora": 1e-3,
-    "adapter": 3e-3,
-    "finetune": 1e-4,
-    "mam": 3e-3,
-    "unipelt": 3e-3,
-    "bitfit": 5e-3,
-    "ft_top2": 5e-4,
-}
-
 
 def get_config(arg=None):
     """`quick` trains on 32 pairs and decodes 8 records; `method` as in every config."""
@@ -40,7 +23,7 @@ def get_config(arg=None):
         objective=common.section(name="lm", normalisation="token"),
         optimizer=common.section(
             name="adamw",
-            learning_rate=common.rate(settings["method"], RATES),
+            learning_rate=common.rate(settings["method"], common.RATES),
             schedule="linear",
             warmup_steps=0,
             weight_decay=0.0,

@@ -7,18 +7,6 @@ It is an ordinary config for conversations: {chat} stands for what the tokenizer
 
 from configs import common
 
-RATES = {
-    "prefix": 5e-3,
-    "infix": 5e-3,
-    "prompt": 3e-2,
-    "ptuning": 1e-3,
-    "memory": 5e-4,
-    "propagation": 1e-2,
-    "lora": 1e-3,
-    "adapter": 3e-3,
-    "finetune": 1e-4,
-}
-
 
 def get_config(arg=None):
     """`quick` trains on 32 pairs and answers 8; `method` as in every config."""
@@ -33,7 +21,7 @@ def get_config(arg=None):
         objective=common.section(name="lm", normalisation="token"),
         optimizer=common.section(
             name="adamw",
-            learning_rate=common.rate(settings["method"], RATES),
+            learning_rate=common.rate(settings["method"], common.RATES),
             schedule="linear",
             warmup_steps=0,
             weight_decay=0.0,

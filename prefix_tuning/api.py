@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_tuning import evaluate, models, parallel, setup
+from prefix_tuning import evaluate, parallel, setup
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.decode import DecodeConfig, make_generate
 from prefix_tuning.errors import UserError, valid
@@ -29,7 +29,7 @@ def load_model(name: str, *, dtype: str = "float32") -> tuple[Model, Params, Any
     """(model, frozen weights, tokenizer or None) of a folder in Hugging Face layout, a name on the hub, or a gguf file
     of the Llama family."""
     folder = loading.find_folder(name)
-    model = models.build(loading.read_config(folder))
+    model = loading.read_model(folder)
     return model, jax.device_put(loading.load_weights(folder, model, dtype)), loading.load_tokenizer(folder)
 
 

@@ -8,7 +8,7 @@ import datasets
 import jax
 import optax
 
-from prefix_tuning import data, models, nn
+from prefix_tuning import data, nn
 from prefix_tuning.data import pipeline, tasks
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError, valid
@@ -94,7 +94,7 @@ def make_base(config: dict[str, Any]) -> Base:
         raise UserError(f"config has unknown sections {unknown} and lacks {missing}; expected {', '.join(SECTIONS)}")
     valid("model.dtype", config["model"].get("dtype", "float32"), loading.DTYPES)
     folder = loading.find_folder(resolve(config["model"]["name"]))
-    model = models.build(loading.read_config(folder))
+    model = loading.read_model(folder)
     tokenizer = loading.load_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer; text cannot be read without")
@@ -275,15 +275,11 @@ def check_lengths(split: str, base: Base, longest: int) -> None:
         )
 
 
-def parameter_counts(method: Method, model: Model, frozen: Params | None = None) -> dict[str, int]:
-    """How many parameters are trained, stored once trained, and frozen: those of a file, or what any file must have."""
+def parameter_counts(method: Method, model: Model) -> dict[str, int]:
+    """How many parameters are trained, stored once trained, and frozen."""
     trainable = abstract_trainable(method, model)
     stored = jax.eval_shape(method.stored, abstract_frozen(method, model), trainable)
-    if frozen is None:
-        own = [spec for _, spec in loading.paths(model.specs) if not spec.optional]
-    else:
-        own = [frozen[name] for name in model.specs if name in frozen]
-    return {"trained": count(trainable), "stored": count(stored), "frozen": count(own)}
+    return {"trained": count(trainable), "stored": count(stored), "frozen": count(model.specs)}
 
 
 def resolve(path: str) -> str:

@@ -52,7 +52,7 @@ def train(config: dict[str, Any], workdir: str | Path) -> dict[str, Any]:
         first = int(state.step)
         # Lines beyond the checkpoint come again; so does its own evaluation, if that was cut short.
         record.start(lambda line: line["step"] < first + ("train/loss" in line or notes["evaluated"]))
-        counts = setup.parameter_counts(base.method, base.model, frozen)
+        counts = setup.parameter_counts(base.method, base.model)
         introduce(counts, run, first)
 
         # ---- the loop

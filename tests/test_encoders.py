@@ -134,6 +134,17 @@ def test_scan_is_loop(twin):
     close(hidden(loop, frozen, Adaptation(), batch), hidden(model, frozen, Adaptation(), batch), 2e-6)
 
 
+@pytest.mark.parametrize("kind", [transformers.AutoModel, MASKED])
+def test_weights_that_a_file_lacks_are_not_counted(twin, kind):
+    """So the shapes that a checkpoint of fine-tuning is restored with are those of what was trained."""
+    _, folder, model, frozen = twin("bert", kind=kind)
+    assert ("pooler" in model.specs, "masked" in model.specs) == (kind is not MASKED, kind is MASKED)
+    shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)  # noqa: E731
+    assert shapes(loading.abstract(model)) == shapes(frozen)
+    assert shapes(setup.abstract_trainable(METHODS["finetune"](None), model)) == shapes(frozen)
+    assert loading.read_model(folder).specs == model.specs
+
+
 def test_saved_as_transformers_loads(twin, tmp_path):
     reference, _, model, frozen = twin("bert")
     loading.save_pretrained(tmp_path, model, frozen)

@@ -58,6 +58,28 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_model(folder: Path) -> Model:
+    """The model that a folder holds, its `specs` without the optional weights that its files lack; reads no weight.
+
+    Raises `UserError` as `read_config` and `models.build` do.
+    """
+    model = models.build(read_config(folder))
+    optional = {path: spec for path, spec in paths(model.specs) if spec.optional}
+    if not optional:
+        return model
+    files = sorted(folder.glob("*.safetensors"))
+    keys = {key for file in files for key, _ in read(file)}
+    firsts = first_names(model)
+    keys |= {f"{first}.{key}" for first in firsts for key in keys}
+    lacking = {path[0] for path, spec in optional.items() if not all(name in keys for name, _ in names(spec))}
+    return model._replace(specs={name: specs for name, specs in model.specs.items() if name not in lacking})
+
+
+def first_names(model: Model) -> set[str]:
+    """What the names of weights begin with; files saved from inside a task model lack it (gpt2's, on the hub)."""
+    return {name.split(".")[0] for _, spec in paths(model.specs) for name, _ in names(spec)} - {"lm_head"}
+
+
 def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside the weights, None if there is none; raises `UserError` if it cannot be read."""
     if is_gguf(folder):
@@ -106,12 +128,11 @@ def load_weights(folder: Path, model: Model, dtype: str) -> Params:
     for path, spec in paths(model.specs):
         for name, layer in names(spec):
             wanted.setdefault(name, []).append((path, spec, layer))
-    # Some files were saved from inside the task model and lack its first name (gpt2's, on the hub).
-    prefixes = {name.split(".")[0] for name in wanted} - {"lm_head"}
+    firsts = first_names(model)
     tree: dict[tuple, np.ndarray] = {}
     seen, unexpected, misshapen = set(), [], []
     for key, tensor in gguf.read(folder) if is_gguf(folder) else read_folder(folder):
-        name = next((n for n in (key, *(f"{p}.{key}" for p in prefixes)) if n in wanted), None)
+        name = next((n for n in (key, *(f"{first}.{key}" for first in firsts)) if n in wanted), None)
         if name is None:
             if not ignored.fullmatch(key):
                 unexpected.append(key)
