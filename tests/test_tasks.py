@@ -148,6 +148,14 @@ def test_long_contexts_are_read_in_windows():
     assert tasks.answers(task, found, score)[0] == "b"
 
 
+def test_without_virtual_tokens():
+    """The untuned model reads what is left; a hidden state that was a virtual token's is the one before it."""
+    example = pipeline.Example([V, 5, 6, V + 1, 7], [1, 3], [0, 1], [0, 0, 1, 1, 1], parts=[2, 3])
+    bare = pipeline.Example([5, 6, 7], [0, 1], [0, 1], [0, 1, 1], parts=[1, 2])
+    assert pipeline.without(example, V) == bare
+    assert pipeline.without(bare, V) == bare
+
+
 def test_rows_that_do_not_fit_their_task():
     classify, tag, span, choice = (
         tasks.classify(labels=("no", "yes")),
@@ -335,6 +343,12 @@ RUNS = {
         6,
     ),
     "classify by a decoder": (classified, "{source} ? {source2} ?", 'name="classify", labels=("no", "yes")', 40),
+    "classify by words": (
+        classified,
+        "{cls}{source2} {mask}{sep}",
+        'name="classify", labels=("no", "yes"), words=("bad", "good")',
+        40,
+    ),
     "tag": (tagged, "{cls}{words}{sep}", 'name="tag", labels=("O", "B-V")', 4),
     "choice": (chosen, "{cls}{source}{sep}{choice}{sep}", 'name="choice"', 6),
     "span": (extracted, "{cls}{source}{sep}{source2}{sep}", 'name="span"', 8),
@@ -371,13 +385,14 @@ def folder(tmp_path, monkeypatch, request):
     return tmp_path
 
 
-@pytest.mark.parametrize("folder", RUNS, indirect=True)
-def test_a_run_learns_its_task_and_answers_new_rows(folder, capsys):
+@pytest.mark.parametrize(("folder", "by_words"), [(name, "words" in name) for name in RUNS], indirect=["folder"])
+def test_a_run_learns_its_task_and_answers_new_rows(folder, by_words, capsys):
     """Fine-tuning with a head learns what the rows say; answers come out in order, also of the commands."""
     workdir = folder / "run"
     assert run.main(["train", f"--config={folder}/config.py:method=finetune", f"--workdir={workdir}"]) == 0
     summary = json.loads((workdir / "summary.json").read_text())
-    assert summary["untuned"] == {}
+    # The model's own words say something before training; a fresh head does not.
+    assert ("exact_match" in summary["untuned"]) == by_words
     assert "perplexity" not in summary["tuned"]
     share = summary["tuned"]["exact_match"]
     assert share >= 80, summary
