@@ -2,7 +2,8 @@
 
     python -m experiments.style --workdir=runs/style [--config.model.name=FOLDER]
 
-It is an ordinary config for conversations: {chat} stands for what the tokenizer's chat template makes of them.
+writes them and calls run.py train --config=configs/style_smollm2.py --workdir=runs/style/run with these options.  It
+is an ordinary config for conversations: {chat} stands for what the tokenizer's chat template makes of them.
 """
 
 from configs import common
