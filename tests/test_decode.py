@@ -295,7 +295,7 @@ def table_model(vocabulary, called=lambda: None):
         jax.debug.callback(called)
         return params[tokens], cache
 
-    rest = dict.fromkeys(("max_positions", "embed", "hidden", "unembed", "probe"))
+    rest = dict.fromkeys(("max_positions", "embed", "hidden", "unembed", "probe", "keys_values"))
     return Model(config={}, sites={}, specs={}, vocabulary=vocabulary, prefill=prefill, decode=step, **rest)
 
 

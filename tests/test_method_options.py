@@ -129,7 +129,7 @@ def test_rows_go_where_the_template_has_them(twin):
 
 def test_scales_and_features_are_those_that_are_asked_for(twin):
     _, _, model, frozen = twin("llama")
-    for name, leaf in (("infix", "rows"), ("propagation", "prompt")):
+    for name, leaf in (("infix", "rows"), ("propagation", "decoder")):
         for scale in (0.3, 2.0):
             start = make(name, length=60, scale=scale).init(KEY, model, frozen)[leaf]
             assert abs(np.std(start) / scale - 1) < 0.1
@@ -146,8 +146,9 @@ def test_infix_slots_are_behind_the_prompt_and_get_keys_and_values(twin):
     method = make("infix", length=P)
     trainable = method.init(KEY, model, frozen)
     assert method.template == "{prompt}{rows:5}"
-    assert not np.any(trainable["added"]["k"])
-    trainable["added"]["v"] = trainable["added"]["v"] + 1
+    added = trainable["added"]["decoder"]
+    assert not np.any(added["k"])
+    added["v"] = added["v"] + 1
     row = [1, 2, 3, *range(V, V + P), 4]
     before = prefix_tuning.logits(model, *method.bind(frozen, method.init(KEY, model, frozen)), [row])[0]
     after = prefix_tuning.logits(model, *method.bind(frozen, trainable), [row])[0]
@@ -155,7 +156,7 @@ def test_infix_slots_are_behind_the_prompt_and_get_keys_and_values(twin):
     assert np.abs(before[3:] - after[3:]).max() > 1e-3
     mlp = make("infix", length=P, reparametrisation=9)
     start = mlp.init(KEY, model, frozen)
-    slots, down, up = (jax.device_get(start["added"])[name] for name in ("slots", "down", "up"))
+    slots, down, up = (jax.device_get(start["added"]["decoder"])[name] for name in ("slots", "down", "up"))
     table = np.tanh(slots @ down["kernel"] + down["bias"]) @ up["kernel"].reshape(9, -1) + up["bias"].reshape(-1)
     added = mlp.bind(frozen, start)[1].decoder.rows["self"]
     np.testing.assert_allclose(added.v[1], table.reshape(P, L, 2, 2, 5)[:, 1, 1], atol=1e-6)
