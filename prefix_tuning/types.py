@@ -151,7 +151,8 @@ class Spec(NamedTuple):
         None  # how many axes (after L) are contracted; stored there as a matrix [in, out], for 0 as [out]
     )
     transposed: bool = False  # stored [out, in] instead, as torch.nn.Linear does
-    part: tuple[int, int] | None = None  # (n, N): the rows from n on of a tensor that has N and holds other weights too
+    # (n, N, blocks): the tensor holds other weights too; this one is the rows from n on of each of its blocks of N rows
+    part: tuple[int, int, int] | None = None
 
 
 class Projection(NamedTuple):

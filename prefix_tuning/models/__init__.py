@@ -3,11 +3,12 @@
 from typing import Any
 
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.models import gemma, gpt2, llama, mistral, phi3, qwen
+from prefix_tuning.models import gemma, gpt2, gpt_neox, llama, mistral, phi3, qwen
 from prefix_tuning.types import Model
 
 MODELS = {
     "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
     "llama": llama,
     "mistral": mistral,
     "qwen2": qwen,
