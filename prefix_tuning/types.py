@@ -152,7 +152,8 @@ class Spec(NamedTuple):
     )
     transposed: bool = False  # stored [out, in] instead, as torch.nn.Linear does
     optional: bool = False  # not in every file of the family; left out of the tree where it is not
-    part: tuple[int, int] | None = None  # (n, N): the rows from n on of a tensor that has N and holds other weights too
+    # (n, N, blocks): the tensor holds other weights too; this one is the rows from n on of each of its blocks of N rows
+    part: tuple[int, int, int] | None = None
 
 
 class Projection(NamedTuple):

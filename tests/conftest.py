@@ -54,6 +54,18 @@ FAMILIES = {
         "bos_token_id": V - 1,
         "eos_token_id": V - 1,
     },
+    "gpt_neox": {
+        "hidden_size": 20,
+        "num_attention_heads": K,
+        "intermediate_size": F,
+        "num_hidden_layers": L,
+        "max_position_embeddings": 64,
+        "vocab_size": V,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        # 6 of the 10 numbers of a head
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.6},
+    },
     "llama": LLAMA,
     "mistral": RELATIVE | WINDOW,
     "qwen2": RELATIVE,

@@ -33,7 +33,12 @@ def bound(model, frozen, name):
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [*((family, name) for name in CASES for family in ("gpt2", "llama")), ("phi3", "lora all"), ("qwen2", "compose")],
+    [
+        *((family, name) for name in CASES for family in ("gpt2", "llama")),
+        ("phi3", "lora all"),
+        ("gpt_neox", "compose"),
+        ("qwen2", "compose"),
+    ],
     ids=lambda name: name.replace(" ", "_"),
 )
 def test_merged_is_unmerged(twin, tmp_path, family, name):

@@ -57,6 +57,8 @@ VARIANTS = {
     "llama of usual heads": ("llama", {"head_dim": None, "num_key_value_heads": 8}),
     "llama linear": ("llama", {"rope_parameters": LINEAR}),
     "llama llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox one after the other": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
     "mistral": ("mistral", {}),
     "mistral without a window": ("mistral", {"sliding_window": None, "head_dim": None}),
     "qwen2": ("qwen2", {}),
@@ -72,7 +74,7 @@ VARIANTS = {
 }
 
 # The families whose layers differ in code, and not only in their weights.
-LAYERS = ("gpt2", "llama", "mistral", "qwen3", "gemma2", "gemma3_text")
+LAYERS = ("gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2", "gemma3_text")
 
 
 def edited(folder, target, tensors=None, **entries):
@@ -145,6 +147,7 @@ def test_rotary_entries_of_older_configs(twin, tmp_path, old):
         ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
         ("qwen2", WINDOWS),
         ("phi3", {"partial_rotary_factor": 0.7}),
+        ("gpt_neox", {"rotary_pct": 0.4, "rotary_emb_base": 31.0}),
     ],
     ids=str,
 )
@@ -358,7 +361,7 @@ def test_pickled_weights_are_refused(twin, tmp_path):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"auto_map": {"AutoModel": "m.py"}}, r"remote code \(auto_map\), which is refused; supported: gpt2, llama"),
+        ({"auto_map": {"AutoModel": "m.py"}}, r"remote code \(auto_map\), which is refused; supported: gpt2, "),
         ({"model_type": "mamba"}, f"unknown model_type 'mamba'; valid: {', '.join(sorted(models.MODELS))}"),
         ({"model_type": None}, "unknown model_type None; valid: "),
         ({"vocab_size": None}, "config.json of a llama model lacks 'vocab_size'"),

@@ -9,6 +9,7 @@ from prefix_tuning.models import (
     electra,
     gemma,
     gpt2,
+    gpt_neox,
     llama,
     mistral,
     phi3,
@@ -19,6 +20,7 @@ from prefix_tuning.types import Model
 
 MODELS = {
     "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
     "llama": llama,
     "mistral": mistral,
     "qwen2": qwen,

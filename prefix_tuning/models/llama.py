@@ -44,13 +44,13 @@ def weights(config: dict[str, Any], variant: Variant) -> Params:
     scales = "zeros" if variant.centred else "ones"
     queries, keys = K * G * H, K * H
     qkv = queries + 2 * keys
-    # Where a fused file keeps a projection: the matrix, this one's first row in it, and how many rows it has.
+    # Where a fused file keeps a projection: the matrix, and which `part` of it this one is.
     fused = {
-        "q": ("self_attn.qkv_proj", (0, qkv)),
-        "k": ("self_attn.qkv_proj", (queries, qkv)),
-        "v": ("self_attn.qkv_proj", (queries + keys, qkv)),
-        "gate": ("mlp.gate_up_proj", (0, 2 * F)),
-        "up": ("mlp.gate_up_proj", (F, 2 * F)),
+        "q": ("self_attn.qkv_proj", (0, qkv, 1)),
+        "k": ("self_attn.qkv_proj", (queries, qkv, 1)),
+        "v": ("self_attn.qkv_proj", (queries + keys, qkv, 1)),
+        "gate": ("mlp.gate_up_proj", (0, 2 * F, 1)),
+        "up": ("mlp.gate_up_proj", (F, 2 * F, 1)),
     }
 
     def norm(name, size=(D,), axes=("width",)):

@@ -147,7 +147,7 @@ def load_weights(folder: Path, model: Model, dtype: str) -> Params:
             if path not in tree:
                 tree[path] = np.empty(spec.shape, numpy_dtype)
             target = tree[path] if layer is None else tree[path][layer]
-            value = whole[own_rows(spec)]
+            value = own_rows(whole, spec).reshape(own_shape(spec))
             target[...] = (value.T if spec.transposed else value).reshape(target.shape)
     needed = {name for name, own in wanted.items() if not all(spec.optional for _, spec, _ in own)}
     problems = (("missing", sorted(needed - seen)), ("unexpected", unexpected), ("misshapen", misshapen))
@@ -176,7 +176,8 @@ def save_pretrained(folder: str | Path, model: Model, params: Params, dtype: str
             own = own_shape(spec)
             matrix = value.reshape(own[::-1] if spec.transposed else own)
             tensor = tensors.setdefault(name, np.empty(stored_shape(spec), whole.dtype))
-            tensor[own_rows(spec)] = matrix.T if spec.transposed else matrix
+            rows = own_rows(tensor, spec)
+            rows[...] = (matrix.T if spec.transposed else matrix).reshape(rows.shape)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model.config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
 
@@ -234,12 +235,15 @@ def names(spec: Spec) -> list[tuple[str, int | None]]:
 def stored_shape(spec: Spec) -> tuple[int, ...]:
     """The shape of one of this weight's tensors in the file."""
     own = own_shape(spec)
-    return own if spec.part is None else (spec.part[1], *own[1:])
+    return own if spec.part is None else (spec.part[1] * spec.part[2], *own[1:])
 
 
-def own_rows(spec: Spec) -> slice:
-    """Which rows of its tensor in the file are this weight's."""
-    return slice(None) if spec.part is None else slice(spec.part[0], spec.part[0] + own_shape(spec)[0])
+def own_rows(tensor: np.ndarray, spec: Spec) -> np.ndarray:
+    """A view of the rows of a tensor in the file that are this weight's, by blocks where it is only part of them."""
+    if spec.part is None:
+        return tensor
+    first, size, blocks = spec.part
+    return tensor.reshape(blocks, size, *tensor.shape[1:])[:, first : first + own_shape(spec)[0] // blocks]
 
 
 def own_shape(spec: Spec) -> tuple[int, ...]:
