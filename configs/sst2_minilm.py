@@ -3,7 +3,8 @@
     python run.py train --config=configs/sst2_minilm.py --workdir=runs/sst2 \\
         --config.model.name=FOLDER --config.dataset.path=FOLDER
 
-`model.name` may be the hub's name or a folder, `dataset.path` nyu-mll/glue:sst2 or a folder with train.tsv and dev.tsv.
+`model.name` may be the hub's name or a folder, `dataset.path` nyu-mll/glue or a folder with train.tsv and dev.tsv.  On
+two x86-64 cores: 3.7 minutes of training, 84.3 % on the dev split (experiments/results/sst2.md).
 """
 
 from configs import common

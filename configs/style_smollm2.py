@@ -3,7 +3,8 @@
     python -m experiments.style --workdir=runs/style [--config.model.name=FOLDER]
 
 writes them and calls run.py train --config=configs/style_smollm2.py --workdir=runs/style/run with these options.  It
-is an ordinary config for conversations: {chat} stands for what the tokenizer's chat template makes of them.
+is an ordinary config for conversations: {chat} stands for what the tokenizer's chat template makes of them.  On two
+x86-64 cores: 3.0 minutes of training, 60 of 60 answers in the style's form (experiments/results/style.md).
 """
 
 from configs import common

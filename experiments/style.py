@@ -3,8 +3,9 @@
     python -m experiments.style --workdir=runs/style [--config.model.name=FOLDER] [--output=FILE]
 
 Every instruction asks for a few things of a kind, in many wordings; every answer is a numbered list of capitalised
-words that ends by counting them.  The kinds in the test split are in no other.  An answer follows the style if it is
-such a list with as many different things as were asked for: what they are is not judged.
+words that ends by counting them.  The kinds in the test split are in no other.  An answer has the style's form if it
+is such a list with as many things as were asked for, and follows it if they are all different; what they are is not
+judged.
 """
 
 import json
@@ -66,15 +67,21 @@ def answer(things: list[str]) -> str:
     return "\n".join([*lines, f"That makes {NUMBERS[len(things)]}."])
 
 
-def follows(instruction: str, text: str) -> bool:
-    """Whether an answer to this instruction is in the style, with as many different things as it asks for."""
+def listed(instruction: str, text: str) -> list[str] | None:
+    """The things in an answer to this instruction, None unless it has the style's form and as many as are asked for."""
     *lines, last = text.split("\n")
     wanted = next(number for number, word in NUMBERS.items() if f" {word} " in f" {instruction} ")
     found = [LINE.fullmatch(line) for line in lines]
     if len(found) != wanted or not all(found) or last != f"That makes {NUMBERS[wanted]}.":
-        return False
+        return None
     numbered = [int(match[1]) for match in found] == list(range(1, wanted + 1))
-    return numbered and len({match[2].lower() for match in found}) == wanted
+    return [match[2].lower() for match in found] if numbered else None
+
+
+def follows(instruction: str, text: str) -> bool:
+    """Whether an answer has the style's form and names different things."""
+    things = listed(instruction, text)
+    return things is not None and len(set(things)) == len(things)
 
 
 def pairs(kinds: list[str], size: int, rng: random.Random) -> list[dict[str, str]]:
@@ -100,12 +107,13 @@ def write(folder: Path) -> None:
 def report(run: Path) -> str:
     """Before and after, as Markdown."""
     summary = json.loads((run / "summary.json").read_text())
-    lines = ["| | in the style | ROUGE-L |", "|---|---|---|"]
+    lines = ["| | in the style's form | and without repeats | ROUGE-L |", "|---|---|---|---|"]
     for name, file in (("before", "untuned"), ("after", f"test_{summary['steps']}")):
         rows = [json.loads(line) for line in (run / "predictions" / f"{file}.jsonl").read_text().splitlines()]
+        form = sum(listed(row["source"], row["prediction"]) is not None for row in rows)
         right = sum(follows(row["source"], row["prediction"]) for row in rows)
         scores = summary["untuned" if name == "before" else "tuned"]
-        lines.append(f"| {name} | {right} of {len(rows)} | {scores['rougeL']:.1f} |")
+        lines.append(f"| {name} | {form} of {len(rows)} | {right} of {len(rows)} | {scores['rougeL']:.1f} |")
     counts = summary["parameters"]
     shown = f"{counts['trained']:,} of {counts['frozen']:,} parameters, {summary['steps']} steps"
     return "\n".join([*lines, "", f"{shown}, {summary['seconds'] / 60:.1f} minutes of training"])

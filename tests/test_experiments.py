@@ -89,12 +89,15 @@ def test_following_the_style(text, right):
 def test_style_report_counts_answers(tmp_path):
     (tmp_path / "predictions").mkdir()
     asked = {"source": "Name two trees.", "references": ["-"]}
-    for file, texts in (("untuned", ["Oak"] * 2), ("test_7", ["1. Oak\n2. Ash\nThat makes two.", "Oak"])):
+    for file, texts in (
+        ("untuned", ["Oak"] * 2),
+        ("test_7", ["1. Oak\n2. Ash\nThat makes two.", "1. Oak\n2. Oak\nThat makes two."]),
+    ):
         rows = "".join(json.dumps(asked | {"prediction": text}) + "\n" for text in texts)
         (tmp_path / "predictions" / f"{file}.jsonl").write_text(rows)
     summary = {"steps": 7, "untuned": {"rougeL": 1.0}, "tuned": {"rougeL": 50.0}, "seconds": 90}
     summary["parameters"] = {"trained": 20, "frozen": 1000}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     lines = style.report(tmp_path).splitlines()
-    assert lines[2:4] == ["| before | 0 of 2 | 1.0 |", "| after | 1 of 2 | 50.0 |"]
+    assert lines[2:4] == ["| before | 0 of 2 | 0 of 2 | 1.0 |", "| after | 2 of 2 | 1 of 2 | 50.0 |"]
     assert lines[-1] == "20 of 1,000 parameters, 7 steps, 1.5 minutes of training"
