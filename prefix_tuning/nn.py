@@ -185,19 +185,17 @@ def attend(
     prefixes: Sequence[KV] = (),
     *,
     how: Attention = PLAIN,
-    bias: Array | None = None,
 ) -> Array:
     """Attention of q [B T K G H] over k, v [B S K H] where mask [B T S] allows, and over every slot of the prefixes.
 
     A shared prefix [P K H] is never repeated over the batch: its scores and the real ones are arrays of their own under
     one softmax (He et al. 2021, eq. 5 is the same identity).  One with a `gate` has its own softmax and is added
-    (Zhang et al. 2023, eq. 5-8); a `share` scales keys and values (UniPELT, Mao et al. 2022).  `bias` [K G T S], or
-    [B K G T S], is added to the real scores; a slot has no place among the tokens, and so none.  The softmax is
+    (Zhang et al. 2023, eq. 5-8); a `share` scales keys and values (UniPELT, Mao et al. 2022).  The softmax is
     float32; the result [B T K G H] has q's dtype.
     """
     q = scaled(q, how)
     beside = [slot_scores(q, prefix, how) for prefix in prefixes if prefix.gate is None]
-    weights = shared_softmax([token_scores(q, k, mask, how, bias), *beside])
+    weights = shared_softmax([token_scores(q, k, mask, how), *beside])
     out = jnp.einsum("bkgts,bskh->btkgh", weights[0].astype(v.dtype), v)
     for prefix, weight in zip((p for p in prefixes if p.gate is None), weights[1:], strict=True):
         out = out + slot_values(weight, prefix, v.dtype)
@@ -218,10 +216,10 @@ def capped(scores: Array, cap: float | None) -> Array:
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def token_scores(q: Array, k: Array, mask: Array, how: Attention, bias: Array | None = None) -> Array:
+def token_scores(q: Array, k: Array, mask: Array, how: Attention) -> Array:
     """float32 scores [B K G T S] of scaled queries q [B T K G H] and keys k [B S K H]; -inf outside mask [B T S]."""
     scores = capped(jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32), how.softcap)
-    return jnp.where(mask[:, None, None], scores if bias is None else scores + bias, -jnp.inf)
+    return jnp.where(mask[:, None, None], scores, -jnp.inf)
 
 
 def slot_scores(q: Array, prefix: KV, how: Attention) -> Array:

@@ -101,15 +101,6 @@ class Adaptation:
 
 
 @flax.struct.dataclass
-class Source:
-    """What the encoder of an encoder-decoder reads, laid out as a `Batch` is; segment n there is read by segment n."""
-
-    tokens: Array  # [B S]
-    positions: Array  # [B S]
-    segments: Array  # [B S]
-
-
-@flax.struct.dataclass
 class Batch:
     """Rows of one or more packed examples, padded on the right; everything int32 but `mask`, which is float32.
 
@@ -125,7 +116,6 @@ class Batch:
     mask: Array  # [B N]
     examples: Array  # [B] how many examples the row holds; 0 for a row that only fills the batch
     types: Array | None = None  # [B T] which text of a pair a token is of, 0 or 1, for encoders that ask; None: all 0
-    source: Source | None = None  # for encoder-decoders, whose `tokens` are the decoder's
 
 
 @flax.struct.dataclass

@@ -144,7 +144,7 @@ def test_collate_by_hand():
 def test_a_batch_has_the_fields_of_the_type_it_becomes():
     from prefix_tuning.types import Batch
 
-    fields = [name for name in Batch.__dataclass_fields__ if name not in ("types", "source")]
+    fields = [name for name in Batch.__dataclass_fields__ if name != "types"]
     assert list(pipeline.collate([[]], 1, 1)) == fields
     pair = pipeline.Example([3, 4, 5], [0], [1], types=[0, 1, 1])
     assert list(pipeline.collate([[pair]], 3, 1)) == [*fields, "types"]

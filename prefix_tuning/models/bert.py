@@ -148,7 +148,7 @@ def build(config: dict[str, Any], *, scan: bool = True, names: Names = BERT, fir
     def place(params, embeddings, positions, types):
         x = embeddings + params["positions"][positions + first_position]
         if names.types:
-            x = x + params["types"][types]
+            x = x + params["types"][jnp.minimum(types, len(params["types"]) - 1)]  # RoBERTa has one type for both texts
         return nn.layer_norm(x, **params["embedding_norm"], epsilon=epsilon)
 
     def queries(layer, hooks, x):
