@@ -431,3 +431,53 @@ def test_xsum_says_what_is_wrong(tmp_path):
         assert "test.source and test.target differ in length" in error(xsum.load, path, "test")
     hub = write_hub(tmp_path / "hub", "train", {"article": "a", "summary": "A."})
     assert "row 0: no column 'document'; present: article, summary" in error(xsum.load, hub, "train")
+
+
+ADDRESSES = {  # article -> where it was archived
+    "1": "http://web.archive.org/web/20160926150011/http://www.bbc.co.uk/news/uk-wales-1",
+    "2": "http://web.archive.org/web/20170224210716/http://www.bbc.com:80/news/world-2",
+    "3": "http://web.archive.org/web/20170224210716/http://www.bbc.co.uk:80/news/science-environment-3",
+    "4": "http://web.archive.org/web/20160610062355/http://www.bbc.com/sport/rugby-league/4",
+    "5": "http://web.archive.org/web/20160610062355/http://www.bbc.co.uk/newsround/5",
+    "6": "http://web.archive.org/web/20160610062355/http://www.bbc.co.uk/news/business-6",
+}
+
+
+def write_xsum(folder):
+    """All articles in every split, and the list of their addresses."""
+    urls = write(folder, urls__txt="".join(f"{url} {number}\n" for number, url in ADDRESSES.items())) + "/urls.txt"
+    content = jsonl(*({"document": number, "summary": "S.", "id": number} for number in ADDRESSES))
+    return write(folder, train__jsonl=content, validation__jsonl=content, test__jsonl=content), urls
+
+
+@pytest.mark.parametrize(
+    ("part", "learnt", "tested"),
+    [("news_to_sports", ["1", "2", "3", "6"], ["4"]), ("within_news", ["1", "2", "6"], ["3"])],
+)
+def test_xsum_tests_on_what_it_does_not_train_on(tmp_path, part, learnt, tested):
+    path, urls = write_xsum(tmp_path)
+    for split, expected in (("train", learnt), ("validation", learnt), ("test", tested)):
+        assert xsum.load(path, split, part=part, urls=urls)["source"][:] == expected
+        assert xsum.load(path, split)["source"][:] == list(ADDRESSES)
+
+
+def test_xsum_says_what_is_wrong_with_a_part(tmp_path):
+    path, urls = write_xsum(tmp_path)
+
+    def message(split="train", part="within_news", urls=urls):
+        return error(xsum.load, path, split, part=part, urls=urls)
+
+    assert message(part="sports") == "unknown part 'sports'; valid: news_to_sports, within_news"
+    assert message(urls=None).startswith("part='within_news' and urls=None; expected both or neither")
+    assert message(part=None).startswith(f"part=None and urls={urls!r}; expected both or neither")
+    assert message(urls="absent.txt").startswith("urls='absent.txt' is no file; expected the benchmark's XSum-Web")
+    for line in ("http://www.bbc.co.uk/news/uk-7", "http://www.bbc.co.uk/news/uk-7 seven", ""):
+        write(tmp_path, other__txt=f"http://www.bbc.co.uk/news/uk-1 1\n{line}\n")
+        assert f"other.txt:2 is not `ADDRESS NUMBER`: {line!r}" in message(urls=str(tmp_path / "other.txt"))
+    write(tmp_path, other__txt="http://www.bbc.co.uk/news/uk-1 1\n")
+    assert "train.jsonl:2: " in (found := message(urls=str(tmp_path / "other.txt")))
+    assert found.endswith("other.txt has no address of article '2'")
+    write(tmp_path, train__jsonl=jsonl({"document": "d", "summary": "S.", "id": "4"}))
+    assert message().endswith("the train split has no article left with part='within_news'")
+    write(tmp_path, train__jsonl=jsonl({"document": "d", "summary": "S."}))
+    assert "train.jsonl:1: no column 'id'; present: document, summary" in message()
