@@ -210,6 +210,9 @@ def export_workdir(
         raise UserError("--combine and --weights are for several workdirs; expected --workdir=DIR,DIR or neither")
     opened = [open_workdir(workdir) for workdir in workdirs]
     config, base = opened[0][:2]
+    for workdir, one in zip(workdirs, opened, strict=True):
+        if one[1].objective.head is not None:
+            raise UserError(f"{workdir}: its task head has no place in the format {format!r} yet; 'generate' answers")
     bound = [own.method.bind(frozen, trainable) for _, own, frozen, trainable, _ in opened]
     params, adaptation = jax.device_get(bound[0])
     if len(opened) > 1:

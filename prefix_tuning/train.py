@@ -195,6 +195,9 @@ def plain(prompts: list[list[int]] | Encoded, base: setup.Base) -> list[list[int
 
 def export_adapter(base: setup.Base, config: dict[str, Any], frozen: Any, trainable: Any, folder: Path) -> str | None:
     """Writes the adaptation in PEFT's format; None, saying why, for one that PEFT cannot express."""
+    if base.objective.head is not None:
+        say("no adapter/ is written: the task head has no place in it yet; the checkpoints hold both")
+        return None
     _, adaptation = jax.device_get(base.method.bind(frozen, trainable))
     try:
         peft.save_adapter(folder, adaptation, base.model, config["model"]["name"])

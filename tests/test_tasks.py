@@ -79,6 +79,14 @@ def test_the_longer_text_is_cut_first():
         encode(task, rows, "{cls}{source}{sep}{source2}{sep}", max_length=3)
 
 
+def test_a_mask_that_is_cut_off_is_missed(monkeypatch):
+    """A text may be more tokens once it is cut; then the template's end goes."""
+    monkeypatch.setattr(tasks, "shortened", lambda dataset, *_: dataset)
+    task, rows = tasks.classify(labels=("no", "yes")), [{"source": "a b c"}]
+    with pytest.raises(UserError, match=r"row 0: text\.max_length=3 cuts {mask} off; expected more"):
+        encode(task, rows, "{source} {mask}", max_length=3)
+
+
 def test_tag_by_hand():
     task = tasks.tag(labels=("O", "B-X", "I-X"))
     rows = [{"words": ["a", "bxy", "c"], "tags": ["O", "B-X", "I-X"]}]
@@ -168,7 +176,17 @@ def test_rows_that_do_not_fit_their_task():
         (classify, {"source": "", "label": "no"}, "{source}", {}, "row 0: the prompt '{source}' has no tokens"),
         (tag, {"words": ["a"], "tags": ["I"]}, "{words}", {}, r"row 0: tags 'I'; valid, by objective\.labels: O, B"),
         (tag, {"words": ["a"], "tags": ["O"]}, "{cls}", {}, r"must have {words} once"),
+        (tag, {"words": ["a"], "tags": ["O", "B"]}, "{words}", {}, "row 0: 2 tags for 1 words; expected one each"),
+        (
+            classify,
+            {"source": "a", "label": "no"},
+            "{cls}{mask}",
+            {"max_length": 1},
+            "row 0: text.max_length leaves no",
+        ),
         (choice, chosen, "{source} {choice}", {}, "row 0: label 2; expected 0 to 1"),
+        (choice, chosen | {"label": 1}, "{source}", {}, "must have {choice}, where each of the choices stands"),
+        (span, QUESTION, SPAN, {"stride": -1}, "text.stride is -1; expected at least 0 tokens of overlap"),
         (span, QUESTION, "{cls}{source}", {}, "must have {source2} once"),
         (span, QUESTION, "{source}{source2}", {}, "must begin with {cls}, which stands for no answer"),
         (span, QUESTION, SPAN, {"max_length": 8, "stride": 3}, r"leaves 3 of text\.max_length=8 tokens"),
@@ -349,6 +367,8 @@ RUNS = {
         'name="classify", labels=("no", "yes"), words=("bad", "good")',
         40,
     ),
+    "tag by a decoder": (tagged, "{words}", 'name="tag", labels=("O", "B-V")', 20),
+    "choice by a decoder": (chosen, "{source} ? {choice} ?", 'name="choice"', 40),
     "tag": (tagged, "{cls}{words}{sep}", 'name="tag", labels=("O", "B-V")', 4),
     "choice": (chosen, "{cls}{source}{sep}{choice}{sep}", 'name="choice"', 6),
     "span": (extracted, "{cls}{source}{sep}{source2}{sep}", 'name="span"', 8),
@@ -400,6 +420,11 @@ def test_a_run_learns_its_task_and_answers_new_rows(folder, by_words, capsys):
     rows = read_lines(workdir / "predictions" / f"test_{summary['steps']}.jsonl")
     assert np.isclose(share, 100 * np.mean([row["prediction"] in row["references"] for row in rows]))
     capsys.readouterr()
+    if not by_words:  # an adapter or a merged model without the head would answer nothing
+        assert summary["adapter"] is None
+        for kind in ("peft", "merged"):
+            assert run.main(["export", f"--workdir={workdir}", f"--format={kind}", f"--output={folder}/out"]) == 1
+            assert "its task head has no place in" in capsys.readouterr().err
     assert run.main(["eval", f"--workdir={workdir}", "--split=test"]) == 0
     assert json.loads(capsys.readouterr().out)["exact_match"] == share
     given = read_lines(folder / "data" / "test.jsonl")

@@ -65,6 +65,8 @@ def classify(*, labels: Sequence[str], words: Sequence[str] | None = None) -> Ta
         masked = "{mask}" in prompt
         examples = []
         for number, (row, (tokens, types)) in enumerate(zip(rows, texts, strict=True)):
+            if masked and tokenizer.mask_token_id not in tokens:
+                raise UserError(f"row {number}: text.max_length={max_length} cuts {{mask}} off; expected more")
             if masked:
                 index = tokens.index(tokenizer.mask_token_id)
             else:
@@ -101,6 +103,10 @@ def tag(*, labels: Sequence[str]) -> Task:
         front, back = encode_parts(dataset, tokenizer, (before, after), virtual)
         examples, notes = [], []
         for number, (row, head, tail) in enumerate(zip(rows, front, back, strict=True)):
+            if len(row.get("tags", row["words"])) != len(row["words"]):
+                raise UserError(
+                    f"row {number}: {len(row['tags'])} tags for {len(row['words'])} words; expected one each"
+                )
             # A space before each word: for byte-level vocabularies a word is another token without one.
             pieces = tokenizer([f" {word}" for word in row["words"]], add_special_tokens=False)["input_ids"]
             tokens, index, targets = list(head), [], []
@@ -136,6 +142,8 @@ def choice() -> Task:
         max_length: int | None = None,
         virtual: int,
     ) -> Encoded:
+        if "{choice}" not in prompt:
+            raise UserError(f"text.prompt={prompt!r} must have {{choice}}, where each of the choices stands")
         rows = list(dataset)
         flat = datasets.Dataset.from_list([{**row, "choice": text} for row in rows for text in row["choices"]])
         texts = iter(
@@ -182,6 +190,8 @@ def span() -> Task:
         if prompt.count("{source2}") != 1:
             raise UserError(f"text.prompt={prompt!r} must have {{source2}} once, where the context stands")
         before, after = prompt.split("{source2}")
+        if stride < 0:
+            raise UserError(f"text.stride is {stride}; expected at least 0 tokens of overlap")
         if not prompt.startswith("{cls}"):
             raise UserError(f"text.prompt={prompt!r} must begin with {{cls}}, which stands for no answer")
         rows = list(dataset)
@@ -316,11 +326,11 @@ def shortened(
     }
     for row, over in enumerate(excess):
         lengths = {name: len(spans[name][row]) for name in columns}
+        if (over > 0 and sum(lengths.values()) - over < len(columns)) or not columns:
+            raise UserError(f"row {row}: text.max_length leaves no token of {', '.join(columns)}; expected more")
         for _ in range(max(over, 0)):
             longest = max(lengths, key=lengths.get)
             lengths[longest] -= 1
-        if any(length < 1 for length in lengths.values()):
-            raise UserError(f"row {row}: text.max_length leaves no token of {', '.join(columns)}; expected more")
         for name in columns:
             if lengths[name] < len(spans[name][row]):
                 texts[name][row] = texts[name][row][: spans[name][row][lengths[name] - 1][1]]

@@ -19,6 +19,8 @@ def merge(model: Model, params: Params, adaptation: Adaptation) -> tuple[Model, 
     Low-rank deltas and biases can be merged; raises `UserError` for all else, which is no change of weights.  A family
     whose projections have no bias gets them from its config.json, if that can say so.
     """
+    if "decoder" not in model.sites:
+        raise UserError("merged weights are written for decoders; this model is an encoder")
     hooks = adaptation.decoder
     mergeable = Adaptation(LayerHooks(delta=hooks.delta, bias=hooks.bias))
     if jax.tree.structure(adaptation) != jax.tree.structure(mergeable):
