@@ -15,6 +15,7 @@ METHODS = {
         "dropout": 0.0,
         "shift": None,
         "layers": None,
+        "sites": None,
         "frozen_slots": 0,
         "gates": False,
     },
@@ -84,6 +85,7 @@ OPTIONAL = {
     "shift": bool,
     "embedding": bool,
     "layers": tuple,
+    "sites": tuple,
     "labels": tuple,
 }
 

@@ -23,6 +23,7 @@ from prefix_tuning.registry import call
 from prefix_tuning.types import Adaptation, Batch, Model, Params
 
 FORMATS = ("peft", "merged")
+SOURCE = ("source", "source_positions", "source_segments")
 
 
 def load_model(name: str, *, dtype: str = "float32") -> tuple[Model, Params, Any]:
@@ -55,11 +56,25 @@ def combine_adapters(
 
 
 def logits(
-    model: Model, frozen: Params, adaptation: Adaptation | None, rows: Sequence[Sequence[int]]
+    model: Model,
+    frozen: Params,
+    adaptation: Adaptation | None,
+    rows: Sequence[Sequence[int]],
+    *,
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> list[np.ndarray]:
-    """Next-token logits, float32 [T V] for each row of token ids, without padding."""
-    tokens, lengths = padded(model, adaptation, rows)
-    out = jax.device_get(full_logits(model.hidden, model.unembed)(frozen, adaptation or Adaptation(), tokens, lengths))
+    """Next-token logits, float32 [T V] for each row of token ids, without padding.
+
+    An encoder-decoder reads `sources`, one for each row, and rows are what its decoder reads, `model.start` first.
+    """
+    adaptation = adaptation or Adaptation()
+    if (sources is not None) != model.is_encoder_decoder or (sources is not None and len(sources) != len(rows)):
+        raise UserError(
+            "logits of an encoder-decoder need one of sources=[...] for each row, and those of other models none"
+        )
+    read = None if sources is None else padded(model, adaptation, sources)
+    tokens, lengths = padded(model, adaptation if read is None else None, rows)
+    out = jax.device_get(full_logits(model.hidden, model.unembed)(frozen, adaptation, tokens, lengths, read))
     return [out[b, :length] for b, length in enumerate(lengths)]
 
 
@@ -74,7 +89,8 @@ def generate(
 ) -> list[list[int]]:
     """New token ids for each row of token ids, without the end token; options are `DecodeConfig`'s.
 
-    The end tokens are those of config.json unless `end_tokens` is given.
+    To an encoder-decoder the rows are sources, and the start token is not among the new ones.  The end tokens are those
+    of config.json unless `end_tokens` is given.
     """
     tokens, lengths = padded(model, adaptation, rows)
     end = model.config.get("eos_token_id")
@@ -108,12 +124,16 @@ def generator(model: HashableModel, config: DecodeConfig) -> Any:
 def full_logits(hidden: Any, unembed: Any) -> Any:
     """A compiled forward pass, kept for the next call."""
 
-    @jax.jit
-    def run(frozen, adaptation, tokens, lengths):
+    def laid_out(tokens, lengths):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        segments = (positions < lengths[:, None]).astype(jnp.int32)
+        return tokens, positions, (positions < lengths[:, None]).astype(jnp.int32)
+
+    @jax.jit
+    def run(frozen, adaptation, tokens, lengths, read):
         none = jnp.zeros((len(tokens), 0), jnp.int32)
-        batch = Batch(tokens, positions, segments, none, none, none.astype(jnp.float32), jnp.ones_like(lengths))
+        source = {} if read is None else dict(zip(SOURCE, laid_out(*read), strict=True))
+        predicted = (none, none, none.astype(jnp.float32), jnp.ones_like(lengths))
+        batch = Batch(*laid_out(tokens, lengths), *predicted, **source)
         return unembed(frozen, hidden(frozen, adaptation, batch))
 
     return run

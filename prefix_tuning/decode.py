@@ -69,9 +69,10 @@ class DecodeConfig:
 def make_generate(model: Model, config: DecodeConfig) -> Callable[..., tuple[Array, Array]]:
     """Makes `generate(params, adaptation, tokens [B T], lengths [B], key=None) -> (new tokens [B N], lengths [B])`.
 
-    Prompts are padded on the right to T and have at least one token.  A new length counts the end token, after which
-    `pad_token` follows.  It is jitted, one trace per (B, T); only sampling needs a key.  Raises `UserError` for token
-    ids that the model lacks, and when traced for a prompt that leaves too few positions.
+    Prompts, to an encoder-decoder its sources, are padded on the right to T and have at least one token.  A new length
+    counts the end token, after which `pad_token` follows.  It is jitted, one trace per (B, T); only sampling needs a
+    key.  Raises `UserError` for token ids that the model lacks, and when traced for a prompt that leaves too few
+    positions.
     """
     check(model, config)
 
@@ -167,6 +168,8 @@ def beam_search(
     """The best hypothesis [B N] for prompts tokens [B T], and its score [B], normalised as the config says."""
     (B, T), W, N = tokens.shape, config.num_beams, config.max_new_tokens
     logits, cache = prefill(model, config, params, adaptation, tokens, lengths)
+    if model.is_encoder_decoder:  # whatever it read, what it writes follows the start token
+        T, lengths = 1, jnp.ones_like(lengths)
     logits, cache, adaptation = jnp.repeat(logits, W, axis=0), repeat_cache(cache, W), repeat_own(adaptation, W)
     # Computed once, so that equal lengths divide by equal numbers: an ulp apart, ties would be decided by chance.
     powers = jnp.asarray(np.maximum(np.arange(T + N + 1), 1) ** config.length_penalty, jnp.float32)
@@ -252,14 +255,18 @@ def prefill(
     model: Model, config: DecodeConfig, params: Params, adaptation: Adaptation, tokens: Array, lengths: Array
 ) -> tuple[Array, Cache]:
     """Reads the prompts [B T] once; raises `UserError` if they leave too few positions for the new tokens."""
-    prefix = nn.taken(adaptation)
+    prefix = nn.taken(adaptation, model)
     length, new = tokens.shape[1], config.max_new_tokens
-    if model.max_positions is not None and prefix + length + new > model.max_positions:
+    apart = model.is_encoder_decoder
+    longest = max(prefix + length, new) if apart else prefix + length + new
+    if model.max_positions is not None and longest > model.max_positions:
+        sizes = f"virtual tokens {prefix} + source {length}, and max_new_tokens {new}, take"
+        if not apart:
+            sizes = f"prefix {prefix} + prompt {length} + max_new_tokens {new} ="
         raise UserError(
-            f"prefix {prefix} + prompt {length} + max_new_tokens {new} = {prefix + length + new} positions; "
-            f"expected at most {model.max_positions}, which is what the model knows"
+            f"{sizes} {longest} positions; expected at most {model.max_positions}, which is what the model knows"
         )
-    return model.prefill(params, adaptation, tokens, lengths, length + new)
+    return model.prefill(params, adaptation, tokens, lengths, new if apart else length + new)
 
 
 def forbid(config: DecodeConfig, scores: Array, step: Array) -> Array:
@@ -285,7 +292,7 @@ def pick(x: Array, index: Array) -> Array:
 
 
 def repeat_cache(cache: Cache, beams: int) -> Cache:
-    """A cache of B rows as one of B*W, row b W times in succession."""
+    """A cache of B rows as one of B*W, row b W times in succession; what an encoder read stays one copy a source."""
     return cache.replace(
         k=jnp.repeat(cache.k, beams, axis=1),
         v=jnp.repeat(cache.v, beams, axis=1),
@@ -296,8 +303,13 @@ def repeat_cache(cache: Cache, beams: int) -> Cache:
 
 
 def repeat_own(adaptation: Adaptation, beams: int) -> Adaptation:
-    """The adaptation for B*W rows: what is shared stays one copy, what each row has for itself is repeated."""
-    own = jax.tree.map(lambda kv: repeat_kv(kv, beams), adaptation.decoder.kv, is_leaf=lambda x: isinstance(x, KV))
+    """The adaptation for B*W rows: what is shared stays one copy, what each row has for itself is repeated.
+
+    Slots of cross attention stay as they are, beside the sources.
+    """
+    own = adaptation.decoder.kv and {
+        site: kv if site == "cross" else repeat_kv(kv, beams) for site, kv in adaptation.decoder.kv.items()
+    }
     shift = jax.tree.map(lambda x: jnp.repeat(x, beams) if x.ndim == 1 else x, adaptation.shift)
     # The prompt has become keys and values in the cache, and only a number of positions is still asked of it.
     prompt = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0) if x.ndim == 3 else x, adaptation.prompt)

@@ -51,7 +51,10 @@ def make_chooser(base: Base, batch_size: int, check: Callable) -> Write:
 def make_generator(base: Base, batch_size: int, seed: int, check: Callable) -> Write:
     """Answers that are written."""
     generate = make_generate(base.model, base.decode)
-    longest = base.model.max_positions and base.model.max_positions - base.prefix_length - base.decode.max_new_tokens
+    longest = base.model.max_positions
+    if longest is not None:
+        written = 0 if base.model.is_encoder_decoder else base.decode.max_new_tokens
+        longest -= base.prefix_length + written
 
     def write(params: Params, adaptation: Adaptation, prompts: Sequence[Sequence[int]]) -> list[str]:
         texts = [""] * len(prompts)

@@ -26,8 +26,8 @@ IDLE = 1e-3  # a slot whose removal changes the loss by less than this share of 
 def inspect_workdir(workdir: str, split: str | None, examples: int) -> str:
     """Inspects a workdir's newest checkpoint on `examples` pairs of a split (the one that training evaluates on).
 
-    Writes inspect.md, inspect.json and inspect.png there and returns the Markdown.  Raises `UserError` for a method
-    without slots, rows or virtual tokens.
+    Writes inspect.md, inspect.json and a picture of each attention with slots there and returns the Markdown.  Raises
+    `UserError` for a method without slots, rows or virtual tokens.
     """
     config, base, frozen, trainable, step = api.open_workdir(workdir)
     model, section = base.model, call("evaluation", setup.Evaluation, config["evaluation"])
@@ -37,8 +37,8 @@ def inspect_workdir(workdir: str, split: str | None, examples: int) -> str:
 
     folded = fold(model, params, adaptation)
     virtual = 0 if adaptation.rows is None else len(adaptation.rows)
-    kv = getattr(folded, model.entry).kv
-    if kv is None and not virtual:
+    places = slotted(folded)
+    if not places and not virtual:
         kind = config["method"]["name"]
         raise UserError(f"{workdir} holds {kind!r}, which has no slots to inspect; valid: prefixes, prompts, their kin")
     batches = [
@@ -56,10 +56,11 @@ def inspect_workdir(workdir: str, split: str | None, examples: int) -> str:
         return float(sum(loss for loss, _ in sums) / sum(count for _, count in sums))
 
     found: dict[str, Any] = {"step": step, "split": name, "pairs": len(pairs), "loss": mean_loss(folded)}
-    if kv is not None:
-        found |= attention(model, params, folded, batches)
-        slots = range(len(found["mass"][0][0]))
-        found["without"] = [mean_loss(remove(folded, model.entry, slot)) for slot in slots]
+    if places:
+        found["attention"] = attention(model, params, folded, batches)
+    for place in places:
+        own = found["attention"][".".join(place)]
+        own["without"] = [mean_loss(remove(folded, *place, slot)) for slot in range(len(own["mass"][0][0]))]
     if virtual:
         ids = range(model.vocabulary, model.vocabulary + virtual)
         found["without_virtual"] = [
@@ -72,10 +73,16 @@ def inspect_workdir(workdir: str, split: str | None, examples: int) -> str:
     text, folder = markdown(found), Path(workdir)
     guarded(folder, lambda: replace(folder / "inspect.json", json.dumps(found) + "\n"))
     guarded(folder, lambda: replace(folder / "inspect.md", text))
-    if "mass" in found:
-        guarded(folder, lambda: draw(found).savefig(folder / "inspect.png", dpi=120))
-        text += f"\nThe picture is {folder / 'inspect.png'}.\n"
+    for place, own in found.get("attention", {}).items():
+        picture = folder / ("inspect.png" if len(places) == 1 else f"inspect_{place}.png")
+        guarded(folder, lambda own=own, file=picture: draw(own, found["loss"]).savefig(file, dpi=120))
+        text += f"\nThe picture is {picture}.\n"
     return text
+
+
+def slotted(adaptation: Adaptation) -> list[tuple[str, str]]:
+    """(stack, site) of every attention with slots."""
+    return [(stack, site) for stack in ("encoder", "decoder") for site in getattr(adaptation, stack).kv or {}]
 
 
 def fold(model: Model, params: Params, adaptation: Adaptation) -> Adaptation:
@@ -98,7 +105,8 @@ def fold(model: Model, params: Params, adaptation: Adaptation) -> Adaptation:
 
 
 def attention(model: Model, params: Params, adaptation: Adaptation, batches: list[Batch]) -> dict[str, Any]:
-    """The share of attention by layer, head and slot [L K*G P], and norms [L P] beside those of real tokens [L]."""
+    """The share of attention by layer, head and slot [L K*G P], and norms [L P] beside those of real tokens [L], by
+    "stack.site" that has slots."""
     probe = jax.jit(model.probe)
     sums, total = None, 0.0
     for batch in batches:
@@ -106,29 +114,40 @@ def attention(model: Model, params: Params, adaptation: Adaptation, batches: lis
         read = jax.tree.map(lambda x, n=tokens: n * np.asarray(x, np.float64), probe(params, adaptation, batch))
         sums, total = read if sums is None else jax.tree.map(np.add, sums, read), total + tokens
     means = jax.tree.map(lambda x: x / total, sums)
-    mass = means["mass"]
-    return {
-        "mass": mass.reshape(len(mass), -1, mass.shape[-1]).tolist(),
-        **{name: means[name].mean(1).tolist() for name in means if name != "mass"},  # over heads
-    }
+    found = {}
+    for stack, site in slotted(adaptation):
+        own = means[stack][site]
+        mass = own["mass"]
+        found[f"{stack}.{site}"] = {
+            "mass": mass.reshape(len(mass), -1, mass.shape[-1]).tolist(),
+            **{name: own[name].mean(1).tolist() for name in own if name != "mass"},  # over heads
+        }
+    return found
 
 
-def remove(adaptation: Adaptation, stack: str, slot: int) -> Adaptation:
-    """The adaptation without one slot of a stack, in every layer; positions stay as they are."""
+def remove(adaptation: Adaptation, stack: str, site: str, slot: int) -> Adaptation:
+    """The adaptation without one slot of an attention, in every layer; positions stay as they are."""
     hooks = getattr(adaptation, stack)
-    kv = hooks.kv["self"]
+    kv = hooks.kv[site]
     mask = jnp.ones(kv.k.shape[:-2], bool) if kv.mask is None else kv.mask
-    return adaptation.replace(**{stack: hooks.replace(kv={"self": kv.replace(mask=mask.at[..., slot].set(False))})})
+    left = hooks.replace(kv=hooks.kv | {site: kv.replace(mask=mask.at[..., slot].set(False))})
+    return adaptation.replace(**{stack: left})
 
 
 def without(batches: list[Batch], token: int) -> list[Batch]:
     """The batches with no position attending to one virtual token, nor to anything from it."""
-    return [batch.replace(segments=np.where(batch.tokens == token, 0, batch.segments)) for batch in batches]
+
+    def one(batch: Batch) -> Batch:
+        if batch.source is None:
+            return batch.replace(segments=np.where(batch.tokens == token, 0, batch.segments))
+        return batch.replace(source_segments=np.where(batch.source == token, 0, batch.source_segments))
+
+    return [one(batch) for batch in batches]
 
 
 def predicts(batches: list[Batch], token: int) -> bool:
     """Whether a target is read off at this virtual token, as the first one behind an infix is."""
-    return any(
+    return batches[0].source is None and any(
         ((np.take_along_axis(batch.tokens, batch.target_index, 1) == token) & (batch.mask > 0)).any()
         for batch in batches
     )
@@ -151,15 +170,17 @@ def markdown(found: dict[str, Any]) -> str:
     """The findings as tables: a line per slot, a line per layer."""
     loss = found["loss"]
     lines = [f"loss {loss:.4f} on {found['pairs']} pairs of the {found['split']} split, step {found['step']}", ""]
-    words = found.get("words", [])
-    if "mass" in found:
-        mass = np.asarray(found["mass"])  # [L heads P]
-        keys, values = np.asarray(found["key_norm"]), np.asarray(found["value_norm"])
+    words, places = found.get("words", []), found.get("attention", {})
+    for place, seen in places.items():
+        if len(places) > 1:
+            lines += [f"## {place}", ""]
+        mass = np.asarray(seen["mass"])  # [L heads P]
+        keys, values = np.asarray(seen["key_norm"]), np.asarray(seen["value_norm"])
         lines += ["| slot | attention | key norm | value norm | loss without | change | | nearest words |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
         first = mass.shape[-1] - (len(words) - len(found.get("without_virtual", [])))  # a prompt's rows come last
         for slot in range(mass.shape[-1]):
-            removed = found["without"][slot]
+            removed = seen["without"][slot]
             said = ", ".join(map(repr, words[slot - first])) if words and slot >= first else ""
             lines.append(
                 f"| {slot} | {mass[..., slot].mean():.2%} | {keys[:, slot].mean():.2f} | {values[:, slot].mean():.2f} "
@@ -171,10 +192,11 @@ def markdown(found: dict[str, Any]) -> str:
         lines += ["|---" * (heads + 3) + "|"]
         for layer, shares in enumerate(mass.sum(-1)):
             norms = [
-                f"{own[layer].mean():.2f} / {found[f'token_{name}'][layer]:.2f}"
+                f"{own[layer].mean():.2f} / {seen[f'token_{name}'][layer]:.2f}"
                 for name, own in (("key_norm", keys), ("value_norm", values))
             ]
             lines.append(f"| {layer} | {' | '.join(f'{share:.1%}' for share in shares)} | {' | '.join(norms)} |")
+        lines += [""] if len(places) > 1 else []
     if "without_virtual" in found:
         lines += ["", "| virtual token | loss without | change | | nearest words |", "|---|---|---|---|---|"]
         own = words[len(words) - len(found["without_virtual"]) :]
@@ -187,8 +209,8 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(found: dict[str, Any]) -> matplotlib.figure.Figure:
-    """Attention by layer and head, and by layer and slot; norms by layer; what each slot is worth."""
+def draw(found: dict[str, Any], loss: float) -> matplotlib.figure.Figure:
+    """Of one attention: by layer and head, and by layer and slot; norms by layer; what each slot is worth."""
     mass = np.asarray(found["mass"])
     figure = matplotlib.figure.Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -202,8 +224,8 @@ def draw(found: dict[str, Any]) -> matplotlib.figure.Figure:
         axes[1, 0].plot(layers, found[f"token_{name}_norm"], style, linestyle="--", label=f"{name}s of tokens")
     axes[1, 0].set(xlabel="layer", ylabel="mean norm", ylim=(0, None), title="norms")
     axes[1, 0].legend()
-    changes = np.asarray(found["without"]) - found["loss"]
-    colours = [{"works": "C2", "idle": "C7", "harms": "C3"}[verdict(found["loss"], x)] for x in found["without"]]
+    changes = np.asarray(found["without"]) - loss
+    colours = [{"works": "C2", "idle": "C7", "harms": "C3"}[verdict(loss, x)] for x in found["without"]]
     axes[1, 1].bar(range(len(changes)), changes, color=colours)
     axes[1, 1].set(
         xlabel="slot", ylabel="change of the loss", title="loss with the slot removed (grey: idle, red: harms)"

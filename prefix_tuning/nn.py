@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.types import KV, Adaptation, LayerHooks, Params, Sites
+from prefix_tuning.types import KV, Adaptation, LayerHooks, Model, Params, Sites
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -130,6 +130,14 @@ def segment_mask(segments: Array) -> Array:
     return segments[:, :, None] == segments[:, None, :]
 
 
+def source_mask(segments: Array, source: Array) -> Array:
+    """Who may see whom, bool [B T S], from segments [B T] and those of a source [B S]: everything of the same number.
+
+    Padding sees all: its softmax would be over nothing where the source has no padding.
+    """
+    return (segments[:, :, None] == source[:, None, :]) | (segments == 0)[:, :, None]
+
+
 def causal_mask(segments: Array) -> Array:
     """Who may see whom, bool [B T T], from segments [B T]: earlier tokens and itself, within the segment."""
     t = jnp.arange(segments.shape[1])
@@ -185,17 +193,19 @@ def attend(
     prefixes: Sequence[KV] = (),
     *,
     how: Attention = PLAIN,
+    bias: Array | None = None,
 ) -> Array:
     """Attention of q [B T K G H] over k, v [B S K H] where mask [B T S] allows, and over every slot of the prefixes.
 
     A shared prefix [P K H] is never repeated over the batch: its scores and the real ones are arrays of their own under
     one softmax (He et al. 2021, eq. 5 is the same identity).  One with a `gate` has its own softmax and is added
-    (Zhang et al. 2023, eq. 5-8); a `share` scales keys and values (UniPELT, Mao et al. 2022).  The softmax is
+    (Zhang et al. 2023, eq. 5-8); a `share` scales keys and values (UniPELT, Mao et al. 2022).  `bias` [K G T S] is
+    added to the real scores; slots have no place among the tokens, and so none.  The softmax is
     float32; the result [B T K G H] has q's dtype.
     """
     q = scaled(q, how)
     beside = [slot_scores(q, prefix, how) for prefix in prefixes if prefix.gate is None]
-    weights = shared_softmax([token_scores(q, k, mask, how), *beside])
+    weights = shared_softmax([token_scores(q, k, mask, how, bias), *beside])
     out = jnp.einsum("bkgts,bskh->btkgh", weights[0].astype(v.dtype), v)
     for prefix, weight in zip((p for p in prefixes if p.gate is None), weights[1:], strict=True):
         out = out + slot_values(weight, prefix, v.dtype)
@@ -204,6 +214,27 @@ def attend(
             own = slot_values(own_softmax(q, prefix, how), prefix, v.dtype)
             out = out + prefix.gate[..., None].astype(v.dtype) * own
     return out
+
+
+def attend_hooked(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array,
+    hooks: LayerHooks,
+    site: str,
+    *,
+    before: KV | None = None,
+    how: Attention = PLAIN,
+    bias: Array | None = None,
+) -> Array:
+    """`attend` with what one layer's hooks have at an attention site; `before` are the slots that a prompt became."""
+    return recall(attend(q, k, v, mask, slots_at(hooks, site, before), how=how, bias=bias), q, hooks, site)
+
+
+def slots_at(hooks: LayerHooks, site: str, before: KV | None = None) -> list[KV]:
+    """All slots at an attention site before the first token: the prefix if there is one, then those of a prompt."""
+    return [kv for kv in ((hooks.kv or {}).get(site), before) if kv is not None]
 
 
 def scaled(q: Array, how: Attention) -> Array:
@@ -216,10 +247,10 @@ def capped(scores: Array, cap: float | None) -> Array:
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def token_scores(q: Array, k: Array, mask: Array, how: Attention) -> Array:
+def token_scores(q: Array, k: Array, mask: Array, how: Attention, bias: Array | None = None) -> Array:
     """float32 scores [B K G T S] of scaled queries q [B T K G H] and keys k [B S K H]; -inf outside mask [B T S]."""
     scores = capped(jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32), how.softcap)
-    return jnp.where(mask[:, None, None], scores, -jnp.inf)
+    return jnp.where(mask[:, None, None], scores if bias is None else scores + bias, -jnp.inf)
 
 
 def slot_scores(q: Array, prefix: KV, how: Attention) -> Array:
@@ -263,12 +294,22 @@ def own_softmax(q: Array, prefix: KV, how: Attention) -> Array:
 
 
 def slot_statistics(
-    q: Array, kv: KV, prefixes: Sequence[KV], mask: Array, real: Array, how: Attention = PLAIN
+    q: Array,
+    kv: KV,
+    prefixes: Sequence[KV],
+    mask: Array,
+    real: Array,
+    how: Attention = PLAIN,
+    bias: Array | None = None,
+    keys: Array | None = None,
 ) -> dict[str, Array]:
-    """The attention [K G P] that slots get from the real [B T] queries on average, and norms [K P], of tokens' [K]."""
+    """The attention [K G P] that slots get from the real [B T] queries on average, and norms [K P], of tokens' [K].
+
+    `keys` [B S] says which keys are real, where they are not the queries' own.
+    """
     q = scaled(q, how)
     beside = [slot_scores(q, prefix, how) for prefix in prefixes if prefix.gate is None]
-    shared = shared_softmax([token_scores(q, kv.k, mask, how), *beside])[1:]
+    shared = shared_softmax([token_scores(q, kv.k, mask, how, bias), *beside])[1:]
     weights = []
     for prefix in prefixes:
         if prefix.gate is None:
@@ -276,13 +317,14 @@ def slot_statistics(
         else:
             weights.append(prefix.gate[:, :, None, None] * own_softmax(q, prefix, how))
     mean = real / real.sum()
+    keys = real if keys is None else keys
 
     def norms(x):  # [P K H] or [B P K H] -> [K P]
         x = jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
         return (x if x.ndim == 2 else x.mean(0)).T
 
     def token_norm(x):  # [B S K H] -> [K]
-        return jnp.einsum("bsk,bs->k", jnp.linalg.norm(x.astype(jnp.float32), axis=-1), mean)
+        return jnp.einsum("bsk,bs->k", jnp.linalg.norm(x.astype(jnp.float32), axis=-1), keys / keys.sum())
 
     def by_slot(parts, shape):
         return jnp.concatenate([jnp.zeros((*shape, 0)), *parts], axis=-1)  # also where there is no slot at all
@@ -319,16 +361,19 @@ def shifted(positions: Array, adaptation: Adaptation) -> Array:
     return positions if adaptation.shift is None else positions + adaptation.shift.reshape(-1, 1)
 
 
-def taken(adaptation: Adaptation) -> int:
-    """How many positions an adaptation takes from the real tokens; a shift is data, so its slots stand for it."""
+def taken(adaptation: Adaptation, model: Model) -> int:
+    """How many positions an adaptation takes from the tokens that are read first; its slots stand for its shift."""
     if adaptation.shift is None:
         return 0
+    prompt = 0 if adaptation.prompt is None else adaptation.prompt.shape[-2]
+    if model.is_encoder_decoder:
+        return prompt  # where prefixes move nothing
     slots = [kv.k.shape[-3] for hooks in (adaptation.decoder, adaptation.encoder) for kv in (hooks.kv or {}).values()]
-    return max(slots, default=0) + (0 if adaptation.prompt is None else adaptation.prompt.shape[-2])
+    return max(slots, default=0) + prompt
 
 
 def check(adaptation: Adaptation, sites: dict[str, Sites], rows: int) -> None:
-    """Raises `UserError` if the adaptation names a site, or has a shape, that this model does not offer."""
+    """Raises `UserError` if the adaptation names a site, or has a shape, that this model does not offer for `rows`."""
     entry = "encoder" if "encoder" in sites else "decoder"
     width = sites[entry].width
     if adaptation.prompt is not None:
@@ -348,6 +393,8 @@ def check(adaptation: Adaptation, sites: dict[str, Sites], rows: int) -> None:
         if added and (given is None or any(x.shape[1] != given.shape[-2] for x in added)):
             got = "none" if given is None else str(given.shape)
             raise UserError(f"{entry}.{name} of shape {added[0].shape} adds to the rows of {name}, which has {got}")
+        if entry == "encoder" and jax.tree.leaves(getattr(adaptation.decoder, name)):
+            raise UserError(f"decoder.{name} has nothing to add to, as the encoder reads them; valid: encoder.{name}")
 
 
 def check_stack(stack: str, hooks: LayerHooks, sites: Sites, rows: int) -> None:

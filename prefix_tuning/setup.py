@@ -110,6 +110,11 @@ def make_base(config: dict[str, Any]) -> Base:
             f"a {model.config['model_type']} model writes no text, which objective {kind!r} is about; "
             f"valid: {', '.join(tasks.TASKS)}"
         )
+    if task is not None and model.is_encoder_decoder:
+        raise UserError(
+            f"a {model.config['model_type']} model answers in text; expected objective 'lm', with the names of classes "
+            f"as targets, instead of {kind!r}"
+        )
     if kind == "choice" and one_text_a_row(method, model):
         raise UserError(
             "objective 'choice' reads several texts in a row, and an encoder's prompt belongs to one; "
@@ -126,7 +131,7 @@ def make_base(config: dict[str, Any]) -> Base:
         task=task,
         text=make_text(config["text"], method, model),
         decode=None if task else make_decode(config["decode"], tokenizer, folder),
-        prefix_length=nn.taken(abstract_adaptation(method, model)),
+        prefix_length=nn.taken(abstract_adaptation(method, model), model),
     )
 
 
@@ -155,14 +160,10 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
     pairs = load_split(config, "train")
     if train.examples is not None:
         pairs = said(data.subsample, pairs, train.examples, config["seed"])
-    if (
-        train.packing
-        and base.model.entry == "encoder"
-        and abstract_adaptation(base.method, base.model).prompt is not None
-    ):
+    if train.packing and one_text_a_row(base.method, base.model):
         raise UserError("train.packing puts several texts in a row, and an encoder's prompt belongs to one; drop it")
     examples = encode(base, pairs)
-    check_lengths("train", base, pipeline.longest(examples))
+    check_lengths("train", base, examples)
     options = {"batch_size": train.batch_size, "epochs": train.epochs, "seed": config["seed"], "packing": train.packing}
     stream = said(pipeline.train_data, examples, **options, shapes=train.shapes, prefetch=train.prefetch)
     tx, schedule = call("optimizer", make_optimizer, config["optimizer"], stream.total_steps)
@@ -191,7 +192,8 @@ def make_split(config: dict[str, Any], base: Base, name: str, examples: int | No
 def encode(base: Base, pairs: datasets.Dataset) -> list[pipeline.Tokens] | list[pipeline.Example]:
     """Rows of a data set as examples to train on."""
     if base.task is None:
-        return said(call, "text", pipeline.encode, base.text, pairs, base.tokenizer)
+        options = base.text | {"start": base.model.start}
+        return said(call, "text", pipeline.encode, options, pairs, base.tokenizer)
     return said(
         call, "text", base.task.encode, base.text, pairs, base.tokenizer, base.model.entry == "encoder"
     ).examples
@@ -206,13 +208,18 @@ def make_prompts(
             records = datasets.Dataset.from_list(records)
         first = base.model.entry == "encoder"
         encoded = said(call, "text", base.task.encode, base.text, records, base.tokenizer, first)
-        check_lengths(name, base, pipeline.longest(encoded.examples))
+        check_lengths(name, base, encoded.examples)
         return encoded
     if isinstance(records, list):
         records = datasets.Dataset.from_list([{"source": row["source"]} for row in records])
     options = {name: base.text[name] for name in ("prompt", "max_source", "virtual")}
     prompts = said(pipeline.encode_prompts, records, base.tokenizer, **options)
-    check_lengths(name, base, max(map(len, prompts)) + base.decode.max_new_tokens)
+    longest, new = max(map(len, prompts)), base.decode.max_new_tokens
+    if base.model.is_encoder_decoder:
+        check_positions(base, longest, f"longest source of the {name} split")
+        check_positions(base, new, "decode.max_new_tokens", prefix=0)
+    else:
+        check_positions(base, longest + new, f"longest source of the {name} split and decode.max_new_tokens")
     return prompts
 
 
@@ -264,14 +271,24 @@ def one_text_a_row(method: Method, model: Model) -> bool:
     return model.entry == "encoder" and abstract_adaptation(method, model).prompt is not None
 
 
-def check_lengths(split: str, base: Base, longest: int) -> None:
-    """Raises `UserError` if prefix and text do not fit the model's positions."""
-    limit, length = base.model.max_positions, base.prefix_length
-    if limit is not None and length + longest > limit:
+def check_lengths(split: str, base: Base, examples: list[pipeline.Tokens] | list[pipeline.Example]) -> None:
+    """Raises `UserError` if what is read or written does not fit the model's positions."""
+    longest = pipeline.longest(examples)
+    if base.model.is_encoder_decoder:
+        check_positions(base, longest, f"longest source of the {split} split")
+        written = max(len(example.read) for example in examples)
+        check_positions(base, written, f"longest target of the {split} split", prefix=0)
+    else:
+        check_positions(base, longest, f"longest source and target of the {split} split")
+
+
+def check_positions(base: Base, length: int, what: str, *, prefix: int | None = None) -> None:
+    """Raises `UserError` if so many positions, behind those that the method takes, are more than the model has."""
+    prefix, limit = base.prefix_length if prefix is None else prefix, base.model.max_positions
+    if limit is not None and prefix + length > limit:
         raise UserError(
-            f"prefix ({length}) + longest source and target of the {split} split ({longest}) = {length + longest} "
-            f"positions, but the model has {limit}; shorten method.length, text.max_source, text.max_target or "
-            "decode.max_new_tokens"
+            f"prefix ({prefix}) + {what} ({length}) = {prefix + length} positions, but the model has {limit}; shorten "
+            "method.length, text.max_source, text.max_target or decode.max_new_tokens"
         )
 
 

@@ -19,7 +19,7 @@ import flax.struct
 import jax
 from jax import Array
 
-Params = dict[str, Any]  # nested dicts of arrays; leaves under "layers" lead with L
+Params = dict[str, Any]  # nested dicts of arrays; leaves under "layers" and "encoder_layers" lead with L
 
 
 @flax.struct.dataclass
@@ -93,7 +93,8 @@ class Adaptation:
     """What to do differently inside a frozen model; `Adaptation()` is the pretrained model, exactly."""
 
     decoder: LayerHooks = LayerHooks()
-    # int32 [] or [B], added to the position of every real token, at least the prompt's length; None adds nothing
+    # int32 [] or [B], added to the position of every token that the model's first stack reads, at least the prompt's
+    # length; None adds nothing
     shift: Array | None = None
     encoder: LayerHooks = LayerHooks()
     prompt: Array | None = None  # [P D] or [B P D]: embeddings that come before every example's first token
@@ -105,7 +106,8 @@ class Batch:
     """Rows of one or more packed examples, padded on the right; everything int32 but `mask`, which is float32.
 
     Attention stays within a segment; segment 0 is padding.  `target_index[b, n]` is where in row b the hidden state
-    lies whose next token is `targets[b, n]`; `mask` is 1.0 for real targets.
+    lies whose next token is `targets[b, n]`; `mask` is 1.0 for real targets.  In an encoder-decoder `tokens` are the
+    decoder's, and segment n of it reads segment n of the source.
     """
 
     tokens: Array  # [B T]
@@ -116,6 +118,9 @@ class Batch:
     mask: Array  # [B N]
     examples: Array  # [B] how many examples the row holds; 0 for a row that only fills the batch
     types: Array | None = None  # [B T] which text of a pair a token is of, 0 or 1, for encoders that ask; None: all 0
+    source: Array | None = None  # [B S] tokens that the encoder of an encoder-decoder reads
+    source_positions: Array | None = None  # [B S]
+    source_segments: Array | None = None  # [B S]
 
 
 @flax.struct.dataclass
@@ -128,12 +133,14 @@ class Cache:
     slot: Array  # int32 [] the next slot to write, the same in every row
     position: Array  # int32 [B] the position of the next token, before `Adaptation.shift`
     prompt: KV | None = None  # [L P K H] or [L B P K H]: what `Adaptation.prompt` became in each layer
+    cross: KV | None = None  # [L B S K H] of what an encoder read, B sources for B W rows in beam search
+    source: Array | None = None  # bool [B S] which of those are real
 
 
 class Spec(NamedTuple):
     """One weight: its shape here, its sharding axes, its fresh initialisation, and where Hugging Face keeps it."""
 
-    shape: tuple[int, ...]  # leads with L under "layers"
+    shape: tuple[int, ...]  # leads with L under "layers" and "encoder_layers"
     axes: tuple[str | None, ...]  # a logical name per axis
     init: str  # "normal", "zeros" or "ones"
     source: str  # the tensor's name there, "{layer}" standing for the layer
@@ -151,7 +158,7 @@ class Projection(NamedTuple):
 
     inner: tuple[int, ...]  # the axes that are contracted
     outer: tuple[int, ...]
-    weight: str  # its name under "layers"
+    weight: str  # its name in the layers of its stack
     part: int | None = None  # which slice of that weight's first outer axis it is; None is all of it
 
 
@@ -177,13 +184,16 @@ class Model(NamedTuple):
     embed: Callable[[Params, Array], Array]  # (params, tokens [...]) -> [... D], without positions
     hidden: Callable[[Params, Adaptation, Batch], Array]  # -> [B T D], normalised, ready for `unembed`
     unembed: Callable[[Params, Array], Array]  # (params, hidden [... D]) -> float32 logits [... V]
-    # (params, adaptation, tokens [B T], lengths [B], slots) -> [B V], cache
+    # (params, adaptation, tokens [B T], lengths [B], slots) -> [B V], cache; to an encoder-decoder these tokens are the
+    # source, and its slots are for what it writes, the start token included
     prefill: Callable[..., tuple[Array, Cache]]
     decode: Callable[..., tuple[Array, Cache]]  # (params, adaptation, cache, tokens [B]) -> [B V], cache
-    probe: Callable[[Params, Adaptation, Batch], dict[str, Array]]  # what attention does; see models/decoder.py
+    # -> stack -> site -> what attention does there; see models/decoder.py
+    probe: Callable[[Params, Adaptation, Batch], dict[str, dict[str, dict[str, Array]]]]
     # (params, tokens [P]) -> stack -> site -> the `KV` [L P K H] that each layer computes for them
     keys_values: Callable[[Params, Array], dict[str, dict[str, KV]]]
     pool: Callable[[Params, Array], Array] | None = None  # (params, hidden [... D] of the first token); None: as it is
+    start: int | None = None  # the token that the decoder of an encoder-decoder begins with
 
     @property
     def entry(self) -> str:
@@ -194,6 +204,15 @@ class Model(NamedTuple):
     def writes(self) -> bool:
         """Whether the model generates text."""
         return "decoder" in self.sites
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether one stack reads and another, which starts from a token of its own, writes."""
+        return len(self.sites) > 1
+
+    def layers(self, stack: str) -> str:
+        """The name of a stack's layers among the weights."""
+        return "encoder_layers" if self.is_encoder_decoder and stack == "encoder" else "layers"
 
 
 def unchanged(key: Array, model: Model, frozen: Params) -> Params:

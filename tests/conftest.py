@@ -102,6 +102,33 @@ ENCODERS = {
         "vocab_size": V,
     },
 }
+T5 = {
+    "d_model": 10,
+    "d_kv": 6,
+    "num_heads": K,
+    "d_ff": F,
+    "num_layers": L,
+    "num_decoder_layers": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 6,  # so that seven positions fill every kind of bucket
+    "vocab_size": V,
+    "decoder_start_token_id": 0,
+}
+SEQ2SEQ = {
+    "bart": {
+        "d_model": 10,
+        "encoder_attention_heads": K,
+        "decoder_attention_heads": 5,
+        "encoder_ffn_dim": F,
+        "decoder_ffn_dim": 9,
+        "encoder_layers": L,
+        "decoder_layers": 2,
+        "max_position_embeddings": 32,
+        "vocab_size": V,
+    },
+    "t5": T5,
+    "mt5": T5 | {"feed_forward_proj": "gated-gelu"},
+}
 
 
 def pytest_configure(config):
@@ -143,6 +170,14 @@ def random_reference(family, **options):
     if family in ENCODERS:
         kind = options.pop("kind", transformers.AutoModel)
         reference = kind.from_config(transformers.AutoConfig.for_model(family, **ENCODERS[family] | options)).eval()
+    elif family in SEQ2SEQ:
+        untied = options.pop("untied", False)
+        config = transformers.AutoConfig.for_model(family, **SEQ2SEQ[family] | options)
+        reference = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager").eval()
+        if untied:
+            reference.lm_head.weight = torch.nn.Parameter(torch.empty_like(reference.shared.weight))
+        if family == "bart":
+            reference.final_logits_bias = torch.linspace(-1, 1, V)[None]
     else:
         config = transformers.AutoConfig.for_model(family, **FAMILIES[family] | options)
         # In eager code, since faster attention cannot cap scores.

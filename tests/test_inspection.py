@@ -47,7 +47,7 @@ def test_a_removed_slot_is_one_that_was_never_there(twin, family):
     kept = [0, 1, 3, 4]
     kv = jax.tree.map(lambda x: x[:, np.array(kept)], adaptation.decoder.kv)
     without = Adaptation(LayerHooks(kv=kv), adaptation.shift)
-    ours = prefix_tuning.logits(model, frozen, inspection.remove(adaptation, "decoder", 2), rows)
+    ours = prefix_tuning.logits(model, frozen, inspection.remove(adaptation, "decoder", "self", 2), rows)
     close(ours, prefix_tuning.logits(model, frozen, without, rows), 5e-6)
 
 
@@ -59,7 +59,7 @@ def test_a_slot_that_nobody_attends_to_is_idle(twin):
     mask[:, 3] = False
     silent = adaptation.replace(decoder=LayerHooks(kv={"self": kv.replace(mask=jnp.asarray(mask))}))
     batch = one_a_row([(row, [1, 2]) for row in random_rows(5)])
-    found = inspection.attention(model, frozen, silent, [batch, batch])
+    found = inspection.attention(model, frozen, silent, [batch, batch])["decoder.self"]
     mass = np.asarray(found["mass"])
     assert mass.shape == (L, 2, P)
     assert (mass[..., 3] == 0).all()
@@ -101,10 +101,11 @@ def test_command_writes_tables_and_a_picture(shipped, capsys):
     assert out.startswith((folder / "inspect.md").read_text())
     assert (folder / "inspect.png").read_bytes()[1:4] == b"PNG"
     found = json.loads((folder / "inspect.json").read_text())
-    assert len(found["words"]) == len(found["without"]) == 3
+    seen = found["attention"]["decoder.self"]
+    assert len(found["words"]) == len(seen["without"]) == 3
     assert all(len(words) == inspection.WORDS for words in found["words"])
     for slot in range(3):
-        assert f"| {slot} | {np.asarray(found['mass'])[..., slot].mean():.2%} |" in out
+        assert f"| {slot} | {np.asarray(seen['mass'])[..., slot].mean():.2%} |" in out
     assert f"loss {found['loss']:.4f} on 8 pairs of the validation split" in out
     assert any(repr(found["words"][2][0]) in line for line in out.splitlines() if line.startswith("| 2 |"))
 

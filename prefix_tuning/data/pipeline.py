@@ -33,6 +33,12 @@ class Example(NamedTuple):
     targets: list[int]
     types: list[int] | None = None  # which text of a pair each token is of
     parts: list[int] | None = None  # lengths of the texts in it that do not see each other; None: it is one
+    source: list[int] | None = None  # what an encoder reads, where `read` is what a decoder does
+
+    @property
+    def length(self) -> int:
+        """How many positions of a row it takes: of the encoder's, where there is one beside the decoder."""
+        return len(self.read if self.source is None else self.source)
 
 
 class Tokens(NamedTuple):
@@ -47,11 +53,15 @@ class Tokens(NamedTuple):
         index = range(len(self.prompt) - 1, len(self.prompt) + len(self.target) - 1)
         return Example([*self.prompt, *self.target[:-1]], list(index), self.target)
 
+    def after(self, start: int) -> Example:
+        """For an encoder-decoder: the encoder reads the prompt, the decoder the token `start` and the target."""
+        return Example([start, *self.target[:-1]], list(range(len(self.target))), self.target, source=self.prompt)
+
 
 class Shape(NamedTuple):
-    """The padded size of a batch."""
+    """The padded size of a batch; with sources the decoder reads as many tokens as there are targets, N."""
 
-    length: int  # T
+    length: int  # T, with sources S
     targets: int  # N
 
 
@@ -81,12 +91,14 @@ def encode(
     max_source: int | None,
     max_target: int | None,
     virtual: int | None = None,
+    start: int | None = None,
 ) -> list[Tokens] | list[Example]:
     """Tokenises the two templates for every row and ends each target with the end token, which `max_target` counts.
 
     Templates are `str.format`'s over the columns and the `SPECIAL` tokens; in the prompt {rows:N} stands for the next
     N of the tokens `virtual`, `virtual` + 1, ...  Where both are {chat}, every answer in a row's `messages` is a target
-    of its own.  Raises UserError for an unknown field, a prompt without tokens and a tokenizer without an end token.
+    of its own.  With `start` the examples are an encoder-decoder's.  Raises UserError for an unknown field, a prompt
+    without tokens and a tokenizer without an end token.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token (eos_token), which every target ends with")
@@ -94,6 +106,8 @@ def encode(
     if (CHAT in prompt) != (completion == CHAT):
         raise UserError(f"text.prompt={prompt!r} and text.completion={completion!r}; expected {CHAT} in both or none")
     if CHAT in prompt:
+        if start is not None:
+            raise UserError("an encoder-decoder reads one source and writes one target; {chat} is for decoders")
         if max_target is not None:
             raise UserError("text.max_target would cut answers short in a conversation; expected None with {chat}")
         prompts = encode_prompts(dataset, tokenizer, prompt=prompt, max_source=max_source, virtual=virtual)
@@ -101,7 +115,8 @@ def encode(
     prompts = encode_prompts(dataset, tokenizer, prompt=prompt, max_source=max_source, virtual=virtual)
     completions = _tokenise(_render(completion, dataset[:], tokenizer), tokenizer)
     kept = None if max_target is None else max_target - 1
-    return [Tokens(p, [*c[:kept], tokenizer.eos_token_id]) for p, c in zip(prompts, completions, strict=True)]
+    pairs = [Tokens(p, [*c[:kept], tokenizer.eos_token_id]) for p, c in zip(prompts, completions, strict=True)]
+    return pairs if start is None else [pair.after(start) for pair in pairs]
 
 
 def encode_prompts(
@@ -185,6 +200,8 @@ def _conversation(row: dict, tokenizer: PreTrainedTokenizerBase, prompt: list[in
 
 def without(example: Example, virtual: int) -> Example:
     """The example without its virtual tokens; what was read off one of them is read off the token before it."""
+    if example.source is not None:
+        return example._replace(source=[token for token in example.source if token < virtual])
     kept = [i for i, token in enumerate(example.read) if token < virtual]
     moved = [max(np.searchsorted(kept, i, side="right") - 1, 0) for i in example.index]
     types = None if example.types is None else [example.types[i] for i in kept]
@@ -194,9 +211,14 @@ def without(example: Example, virtual: int) -> Example:
 
 
 def collate(rows: Sequence[Sequence[Tokens | Example]], length: int, targets: int) -> dict[str, np.ndarray]:
-    """Lays out rows of packed examples as a batch of T = `length` and N = `targets`; a row without any is filler."""
+    """Lays out rows of packed examples as a batch of T = `length` and N = `targets`; a row without any is filler.
+
+    With sources S = `length` and T = N.
+    """
     rows = [[x.example if isinstance(x, Tokens) else x for x in row] for row in rows]
-    batch = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "positions", "segments")}
+    sourced = any(x.source is not None for row in rows for x in row)
+    written = targets if sourced else length
+    batch = {name: np.zeros((len(rows), written), np.int32) for name in ("tokens", "positions", "segments")}
     batch |= {name: np.zeros((len(rows), targets), np.int32) for name in ("target_index", "targets")}
     batch["mask"] = np.zeros((len(rows), targets), np.float32)
     batch["examples"] = np.array([len(row) for row in rows], np.int32)
@@ -218,6 +240,9 @@ def collate(rows: Sequence[Sequence[Tokens | Example]], length: int, targets: in
                 batch["segments"][b, start : start + part] = segment
                 start += part
             first = predicted.stop
+    if sourced:
+        read = collate([[Example(x.source, [], []) for x in row] for row in rows], length, 0)
+        batch |= {"source": read["tokens"]} | {f"source_{n}": read[n] for n in ("positions", "segments")}
     return batch
 
 
@@ -380,8 +405,8 @@ def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list
 
 
 def longest(examples: Sequence[Tokens | Example]) -> int:
-    """How many positions the longest example takes, the token after it included where there is one to predict."""
-    return max(len(x.prompt) + len(x.target) if isinstance(x, Tokens) else len(x.read) for x in examples)
+    """How many positions of a row the longest example takes, with the token after it where there is one to predict."""
+    return max(len(x.prompt) + len(x.target) if isinstance(x, Tokens) else x.length for x in examples)
 
 
 def _sizes(examples: Sequence[Tokens | Example]) -> tuple[np.ndarray, np.ndarray]:
@@ -389,7 +414,7 @@ def _sizes(examples: Sequence[Tokens | Example]) -> tuple[np.ndarray, np.ndarray
     if not examples:
         raise UserError("no examples to make batches of")
     laid_out = [x.example if isinstance(x, Tokens) else x for x in examples]
-    return np.array([len(x.read) for x in laid_out]), np.array([len(x.targets) for x in laid_out])
+    return np.array([x.length for x in laid_out]), np.array([len(x.targets) for x in laid_out])
 
 
 def _smallest(shapes: Sequence[Shape], length: int) -> Shape:

@@ -19,27 +19,35 @@ def merge(model: Model, params: Params, adaptation: Adaptation) -> tuple[Model, 
     Low-rank deltas and biases can be merged; raises `UserError` for all else, which is no change of weights.  A family
     whose projections have no bias gets them from its config.json, if that can say so.
     """
-    if "decoder" not in model.sites:
+    if not model.writes:
         raise UserError("merged weights are written for decoders; this model is an encoder")
-    hooks = adaptation.decoder
-    mergeable = Adaptation(LayerHooks(delta=hooks.delta, bias=hooks.bias))
+    only = {stack: getattr(adaptation, stack) for stack in ("decoder", "encoder")}
+    mergeable = Adaptation(**{stack: LayerHooks(delta=own.delta, bias=own.bias) for stack, own in only.items()})
     if jax.tree.structure(adaptation) != jax.tree.structure(mergeable):
         raise UserError(
             "only LoRA, biases and fine-tuned weights can be merged into a model; prefixes, prompts, memories and "
             "adapters add something that its config.json cannot express; valid formats for a prefix: peft"
         )
+    for stack in model.sites:
+        model, params = merge_stack(model, params, stack, only[stack])
+    return model, params
+
+
+def merge_stack(model: Model, params: Params, stack: str, hooks: LayerHooks) -> tuple[Model, Params]:
+    """`merge` for one stack of layers."""
+    own = model.layers(stack)
     # New dicts, so that nothing is written into the tree that was given.
-    layers = jax.tree.map(lambda x: x, jax.device_get(params["layers"]))
+    layers = jax.tree.map(lambda x: x, jax.device_get(params[own]))
     if hooks.bias and not all("bias" in layers[site] for site in hooks.bias):
         flags = getattr(models.MODELS[model.config["model_type"]], "BIASED", None)
         if flags is None:
             raise UserError(f"a {model.config['model_type']} model has no bias where this adaptation adds one")
         model = models.build(model.config | flags)
-        for name, specs in model.specs["layers"].items():
+        for name, specs in model.specs[own].items():
             if isinstance(specs, dict) and "kernel" in specs and "bias" in specs:
                 kernel = layers[name]["kernel"]
                 layers[name].setdefault("bias", np.zeros(specs["bias"].shape, kernel.dtype))
-    projections = model.sites["decoder"].projections
+    projections = model.sites[stack].projections
     for site, delta in (hooks.delta or {}).items():
         projection = projections[site]
         weights = layers[projection.weight]
@@ -47,7 +55,7 @@ def merge(model: Model, params: Params, adaptation: Adaptation) -> tuple[Model, 
     for site, bias in (hooks.bias or {}).items():
         weights = layers[projections[site].weight]
         weights["bias"] = (weights["bias"] + np.asarray(bias)).astype(weights["bias"].dtype)
-    return model, params | {"layers": layers}
+    return model, params | {own: layers}
 
 
 def low_rank(delta: Delta, projection: Projection) -> np.ndarray:

@@ -23,8 +23,7 @@ def save_adapter(folder: str | Path, adaptation: Adaptation, model: Model, base:
     `base` names the frozen model.  Raises `UserError` for what PEFT's prefix tuning cannot express.
     """
     folder = Path(folder)
-    if "decoder" not in model.sites:
-        raise UserError("PEFT's folder is written for prefixes of decoders; this one is an encoder's, with a head")
+    check_decoder(model)
     kv = (adaptation.decoder.kv or {}).get("self")
     if kv is None or kv.k.ndim != 4:
         raise UserError("PEFT's prefix tuning holds one shared prefix of keys and values; this adaptation has none")
@@ -66,14 +65,22 @@ def save_adapter(folder: str | Path, adaptation: Adaptation, model: Model, base:
         raise UserError(f"cannot write the adapter to {folder}: {error}") from error
 
 
+def check_decoder(model: Model) -> None:
+    """Raises `UserError` for a model whose prefixes PEFT's layout for decoders cannot hold."""
+    if list(model.sites) != ["decoder"]:
+        raise UserError(
+            "PEFT's folder is written and read for prefixes of decoders; this model has the stacks "
+            f"{', '.join(model.sites)}"
+        )
+
+
 def load_adapter(folder: str | Path, model: Model) -> Adaptation:
     """The prefix in a PEFT folder; raises `UserError` if it is another method's or does not fit the model."""
     folder = Path(folder)
     config = read_json(folder / CONFIG, "a folder in PEFT's layout")
     if config.get("peft_type") != "PREFIX_TUNING":
         raise UserError(f"{folder / CONFIG} holds peft_type {config.get('peft_type')!r}; expected 'PREFIX_TUNING'")
-    if "decoder" not in model.sites:
-        raise UserError(f"{folder}: PEFT's folder is read for prefixes of decoders; this model is an encoder")
+    check_decoder(model)
     sites = model.sites["decoder"]
     shape = (sites.layers, 2, *sites.kv["self"])
     for key, tensor in loading.read(folder / WEIGHTS):

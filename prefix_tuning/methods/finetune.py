@@ -9,13 +9,15 @@ from jax import Array
 from prefix_tuning.errors import UserError
 from prefix_tuning.types import Adaptation, LayerHooks, Method, Model, Params
 
-OUTSIDE = ("embedding", "unembedding", "norm", "pooler")  # what goes with the top layers; for GPT-2 wte and ln_f
+# What goes with the top layers; for GPT-2 wte and ln_f.
+OUTSIDE = ("embedding", "unembedding", "norm", "encoder_norm", "pooler")
+BUFFERS = ("logits_buffer",)  # no parameters to PyTorch either
 
 
 def make(
     tokenizer: Any, *, top_layers: int | None = None, embedding: bool | None = None, biases: bool = False
 ) -> Method:
-    """A `Method` that trains a float32 copy of the weights: all, those of `top_layers`, or only the biases.
+    """A `Method` that trains a float32 copy of the weights: all, those of each stack's `top_layers`, or the biases.
 
     With `top_layers`, `embedding` says whether the embedding, the unembedding and the last norm are trained too, as in
     one of the released code's two FT-TOP2 (the other trains 25,192,448 parameters of GPT-2 medium).  `biases` trains
@@ -34,13 +36,18 @@ def make(
 
     def init_fn(key: Array, model: Model, frozen: Params) -> Params:
         del key  # it starts as the model is
-        own = {name: frozen[name] for name in model.specs if name in frozen}
+        own = {name: frozen[name] for name in model.specs if name in frozen and name not in BUFFERS}
         if top_layers is not None:
-            depth = model.sites[model.entry].layers
-            if top_layers > depth:
-                raise UserError(f"method.top_layers={top_layers} is more than the model has; expected at most {depth}")
+            depths = {model.layers(stack): sites.layers for stack, sites in model.sites.items()}
+            least = min(depths.values())
+            if top_layers > least:
+                raise UserError(f"method.top_layers={top_layers} is more than the model has; expected at most {least}")
             kept = {name: own[name] for name in OUTSIDE if embedding and name in own}
-            top = {"layers": jax.tree.map(lambda x: x[depth - top_layers :], own["layers"])} if top_layers else {}
+            top = {
+                name: jax.tree.map(lambda x, depth=depth: x[depth - top_layers :], own[name])
+                for name, depth in depths.items()
+                if top_layers
+            }
             own = kept | top
         if biases:
             own = only_biases(own) or new_biases(model)

@@ -78,7 +78,7 @@ def targets(model: Model, patterns: Sequence[str]) -> list[tuple[str, str]]:
     named, names = [], set()
     for stack, sites in model.sites.items():
         for site, projection in sites.projections.items():
-            theirs = model.specs["layers"][projection.weight]["kernel"].source.split(".")[-2]
+            theirs = model.specs[model.layers(stack)][projection.weight]["kernel"].source.split(".")[-2]
             # A part of a fused weight has no name of its own there.
             known = {site} | (set() if projection.part is not None else {theirs})
             whole = projection.part is None

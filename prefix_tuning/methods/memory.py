@@ -28,7 +28,7 @@ def make(tokenizer: Any, *, feature: str = "elu") -> Method:
             heads, size = sites.kv[site]
             return jnp.zeros((sites.layers, heads, sites.groups[site], size, size))
 
-        return rows.at_sites(model, key, one)
+        return rows.at_sites({stack: sites.kv for stack, sites in model.sites.items()}, key, one)
 
     def bind(frozen: Params, trainable: Params, *, key: Array | None = None) -> tuple[Params, Adaptation]:
         del key  # nothing is drawn

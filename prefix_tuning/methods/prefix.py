@@ -16,6 +16,7 @@ from prefix_tuning.methods.rows import Reparametrisation, Tree
 from prefix_tuning.types import KV, Adaptation, LayerHooks, Method, Model, Params
 
 INITS = ("random", "vocabulary", "text")
+SITES = ("encoder.self", "decoder.self", "decoder.cross")
 
 
 def make(
@@ -32,6 +33,7 @@ def make(
     dropout: float = 0.0,
     shift: bool | None = None,
     layers: Sequence[int] | None = None,
+    sites: Sequence[str] | None = None,
     frozen_slots: int = 0,
     gates: bool = False,
 ) -> Method:
@@ -42,7 +44,9 @@ def make(
     model computes for random tokens) or "text" (for the first P tokens of `text`, or of the file `text_file`, repeated
     as often as needed); the MLP is fitted to them by `fit_steps` of Adam at `fit_learning_rate`, 500 and 1e-4 unless
     given, as in the released code's low-data recipe.  `dropout` is a probability on keys and values.  `shift` counts
-    the prefix into the positions of real tokens; None does unless there are gates.  `layers` are those with a prefix.
+    the prefix into the positions of real tokens; None does unless there are gates or the model is an encoder-decoder,
+    whose positions never move.  `layers` are those with a prefix, in every stack.  `sites` are the attentions with one,
+    independent of each other, of "encoder.self", "decoder.self" and "decoder.cross"; None is all that the model has.
     `frozen_slots` of the text's first slots stay as they are (Eyuboglu et al. 2025).  `gates` give the prefix a softmax
     of its own times a gate per head that starts at 0 (Zhang et al. 2023): without a shift that is the base model, bit
     for bit.  Raises `UserError`, also for an option that would do nothing.
@@ -77,14 +81,33 @@ def make(
         raise UserError("method.frozen_slots are slots of a text; expected method.init='text'")
     if not 0 <= frozen_slots < length:
         raise UserError(f"method.frozen_slots must be at least 0 and below method.length={length}, got {frozen_slots}")
-    shift = not gates if shift is None else shift
+    if sites is not None:
+        if isinstance(sites, str) or not sites or len(set(sites)) < len(sites):
+            raise UserError(f"method.sites={sites!r} must be a tuple of at least one of {', '.join(SITES)}, each once")
+        for site in sites:
+            valid("method.sites", site, SITES)
+
+    def places(model: Model) -> Tree:
+        """The stacks and attention sites with a prefix, as a tree of their heads (K, H)."""
+        if shift and model.is_encoder_decoder:
+            raise UserError("method.shift=True: the positions of an encoder-decoder never move; expected None or False")
+        offered = {f"{stack}.{site}" for stack, own in model.sites.items() for site in own.kv}
+        wanted = offered if sites is None else set(sites)
+        if not wanted <= offered:
+            raise UserError(f"method.sites={tuple(sites)}: this model has {', '.join(sorted(offered))}")
+        tree: Tree = {}
+        for stack, own in model.sites.items():
+            for site, heads in own.kv.items():
+                if f"{stack}.{site}" in wanted:
+                    tree.setdefault(stack, {})[site] = heads
+        return tree
 
     def chosen(model: Model, stack: str) -> list[int]:
         """The layers of a stack that have a prefix."""
         depth = model.sites[stack].layers
         numbers = list(range(depth)) if layers is None else list(layers)
         if not numbers or len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(depth)):
-            raise UserError(f"method.layers={tuple(numbers)} must be different layers among 0 to {depth - 1}")
+            raise UserError(f"method.layers={tuple(numbers)} must be different layers among 0 to {depth - 1} ({stack})")
         return sorted(numbers)
 
     def prepare(key: Array, model: Model, frozen: Params) -> Params:
@@ -93,10 +116,10 @@ def make(
             return frozen
         kept: Tree = {}
         text = rows.computed(model, frozen, jnp.resize(jnp.asarray(ids), length)) if frozen_slots else {}
-        for stack, sites in model.sites.items():
+        for stack, own_sites in places(model).items():
             own = chosen(model, stack)
-            mask = jnp.zeros((sites.layers, length), bool).at[jnp.asarray(own)].set(True)
-            for site in sites.kv:
+            mask = jnp.zeros((model.sites[stack].layers, length), bool).at[jnp.asarray(own)].set(True)
+            for site in own_sites:
                 kept.setdefault(stack, {})[site] = {"mask": mask}
                 if frozen_slots:
                     kept[stack][site] |= split(text[stack][site][:frozen_slots, jnp.asarray(own)])
@@ -112,22 +135,22 @@ def make(
 
         def one(key: Array, stack: str, site: str) -> Params:
             start, fresh = jax.random.split(key)
-            sites, own = model.sites[stack], chosen(model, stack)
-            out = (len(own), 2, *sites.kv[site])
+            offered, own = model.sites[stack], chosen(model, stack)
+            out = (len(own), 2, *offered.kv[site])
             target = None if targets is None else targets[stack][site][frozen_slots:, jnp.asarray(own)]
             if reparametrisation is not None:
-                module = Reparametrisation(length - frozen_slots, sites.width, reparametrisation, out)
+                module = Reparametrisation(length - frozen_slots, offered.width, reparametrisation, out)
                 trainable = module.init(fresh)["params"]
                 if target is not None:
                     trainable = fit(module, trainable, target, fit_steps, fit_learning_rate)
             else:
                 trainable = split(scale * jax.random.normal(start, (length, *out)) if target is None else target)
             if gates:
-                heads, groups = sites.kv[site][0], sites.groups[site]
+                heads, groups = offered.kv[site][0], offered.groups[site]
                 trainable = trainable | {"gate": jnp.zeros((len(own), heads, groups))}
             return trainable
 
-        return rows.at_sites(model, key, one)
+        return rows.at_sites(places(model), key, one)
 
     def slots(frozen: Params, trainable: Params) -> Tree:
         """Keys and values [l P K H] of the layers that have them, by stack and site, and their gates [l K G]."""
@@ -159,7 +182,9 @@ def make(
                     made = {n: jnp.zeros((len(mask), *x.shape[1:])).at[where].set(x) for n, x in made.items()}
                 kv[site] = KV(made["k"], made["v"], mask, made.get("gate"))
             hooks[stack] = LayerHooks(kv=kv)
-        return frozen, Adaptation(**hooks, shift=jnp.int32(length) if shift else None)
+        # A prefix of an encoder-decoder lies in several attentions and takes no positions from any of their tokens.
+        moves = (not gates and "encoder_layers" not in frozen) if shift is None else shift
+        return frozen, Adaptation(**hooks, shift=jnp.int32(length) if moves else None)
 
     return Method(init_fn, bind, prepare, slots)
 

@@ -115,11 +115,10 @@ def computed(model: Model, frozen: Params, tokens: Array) -> Tree:
     return jax.tree.map(table, found, is_leaf=lambda x: isinstance(x, KV))
 
 
-def at_sites(model: Model, key: Array, make: Callable[..., Any]) -> Tree:
-    """make(key, stack, site) at every attention site of every stack, each with a key of its own."""
-    places = [(stack, site) for stack, sites in model.sites.items() for site in sites.kv]
+def at_sites(places: Tree, key: Array, make: Callable[..., Any]) -> Tree:
+    """make(key, stack, site) at every attention site of a tree, each with a key of its own."""
     tree: Tree = {}
-    for number, (stack, site) in enumerate(places):
+    for number, (stack, site) in enumerate((stack, site) for stack, own in places.items() for site in own):
         # The first key is the given one, so that a model with one site draws what it drew before there were several.
         own = jax.random.fold_in(key, number) if number else key
         tree.setdefault(stack, {})[site] = make(own, stack, site)

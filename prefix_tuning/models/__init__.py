@@ -4,6 +4,7 @@ from typing import Any
 
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.models import (
+    bart,
     bert,
     distilbert,
     electra,
@@ -15,6 +16,7 @@ from prefix_tuning.models import (
     phi3,
     qwen,
     roberta,
+    t5,
 )
 from prefix_tuning.types import Model
 
@@ -32,6 +34,9 @@ MODELS = {
     "roberta": roberta,
     "distilbert": distilbert,
     "electra": electra,
+    "bart": bart,
+    "t5": t5,
+    "mt5": t5,
 }
 
 

@@ -178,7 +178,9 @@ def build(config: dict[str, Any], *, scan: bool = True, names: Names = BERT, fir
         return logits + head["bias"]
 
     return encoder.build(
-        encoder.Layer(embed, place, queries, combine, pool, unembed),
+        encoder.Layer(embed, place, queries, combine),
+        pool=pool,
+        unembed=unembed,
         config=config,
         sites=Sites(
             config["num_hidden_layers"], config["hidden_size"], {"self": (K, H)}, {"self": 1}, projections(config)

@@ -79,7 +79,11 @@ def build(
             return None
         length, width = adaptation.prompt.shape[-2:]
         positions = nn.prompt_positions(adaptation)
-        shared = adaptation.prompt.ndim == 2 and len(positions) == 1 and not any(map(per_row, own(adaptation.decoder)))
+        shared = (
+            adaptation.prompt.ndim == 2
+            and len(positions) == 1
+            and not any(map(per_row, nn.slots_at(adaptation.decoder, "self")))
+        )
         rows = 1 if shared else len(like)
         prompt = jnp.broadcast_to(adaptation.prompt.astype(like.dtype), (rows, length, width))
         positions = jnp.broadcast_to(positions, (rows, length))
@@ -90,11 +94,11 @@ def build(
     ) -> tuple[Array, Attended]:
         """One layer: x after it and what was attended to; `store` says what becomes of the layer's keys and values."""
         hooks = nn.open_gates(hooks, stream.x)
-        prefixes = [*own(hooks), *([] if before is None else [before])]
         q, k, v = layer.queries(weights, hooks, stream.x, stream.positions)
         k, v = nn.add_rows(k, v, (hooks.rows or {}).get("self"), stream.index)
-        attended = nn.recall(nn.attend(q, *store(k, v), mask, prefixes, how=how), q, hooks, "self")
-        return layer.combine(weights, hooks, stream.x, attended), Attended(q, KV(k, v), before, prefixes)
+        attended = nn.attend_hooked(q, *store(k, v), mask, hooks, "self", before=before, how=how)
+        seen = Attended(q, KV(k, v), before, nn.slots_at(hooks, "self", before))
+        return layer.combine(weights, hooks, stream.x, attended), seen
 
     def prompt_layer(weights: Params, hooks: LayerHooks, prompt: Stream) -> tuple[Stream, KV]:
         """The prompt through one layer, and what the tokens after it see of it."""
@@ -157,8 +161,7 @@ def build(
 
             def store(k, v):
                 nonlocal keys, values
-                keys = jax.lax.dynamic_update_slice(keys, k[None], (number, 0, cache.slot, 0, 0))
-                values = jax.lax.dynamic_update_slice(values, v[None], (number, 0, cache.slot, 0, 0))
+                keys, values = written(keys, k, number, cache.slot), written(values, v, number, cache.slot)
                 return keys[number], values[number]
 
             mask = nn.nearby(valid[:, None], cache.position[:, None], positions, weights.get("window"))
@@ -176,8 +179,8 @@ def build(
         cache = prefill(params, Adaptation(), tokens[None], jnp.full(1, length, jnp.int32), length)[1]
         return {"decoder": {"self": KV(cache.k[:, 0], cache.v[:, 0])}}
 
-    def probe(params: Params, adaptation: Adaptation, batch: Batch) -> dict[str, Array]:
-        """What attention does with the slots before the first token, over the real tokens of a batch.
+    def probe(params: Params, adaptation: Adaptation, batch: Batch) -> dict[str, dict[str, dict[str, Array]]]:
+        """What attention does, by stack and site, with the slots before the first token, over a batch's real tokens.
 
         "mass" [L K G P] is the attention that each slot receives, "key_norm" and "value_norm" [L K P] are its norms,
         "token_key_norm" and "token_value_norm" [L K] the mean ones of real tokens.
@@ -187,7 +190,8 @@ def build(
         def keep(seen: Attended, mask: Array) -> dict[str, Array]:
             return nn.slot_statistics(seen.q, seen.kv, seen.prefixes, mask, real, how)
 
-        return full(params, adaptation, batch.tokens, batch.positions, batch.segments, keep)[1]
+        found = full(params, adaptation, batch.tokens, batch.positions, batch.segments, keep)[1]
+        return {"decoder": {"self": found}}
 
     return Model(
         config=config,
@@ -210,11 +214,11 @@ def as_they_are(k: Array, v: Array) -> tuple[Array, Array]:
     return k, v
 
 
+def written(cached: Array, new: Array, layer: Array, slot: Array) -> Array:
+    """Keys or values [L B S K H] with new ones [B 1 K H] in one slot of one layer."""
+    return jax.lax.dynamic_update_slice(cached, new[None], (layer, 0, slot, 0, 0))
+
+
 def per_row(kv: KV) -> bool:
     """Whether a prefix [L ...] differs from row to row."""
     return kv.k.ndim == 5 or (kv.mask is not None and kv.mask.ndim == 3)
-
-
-def own(hooks: LayerHooks) -> list[KV]:
-    """The prefix of one layer, as a list that is empty without one."""
-    return [hooks.kv["self"]] if hooks.kv else []

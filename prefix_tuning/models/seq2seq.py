@@ -1,0 +1,271 @@
+"""What every encoder-decoder shares: a stack that reads the source, and one that writes with cross attention to it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from prefix_tuning import nn
+from prefix_tuning.errors import UserError
+from prefix_tuning.models import decoder, encoder
+from prefix_tuning.types import KV, Adaptation, Batch, Cache, LayerHooks, Model, Params, Projection, Sites
+
+
+class Writer(NamedTuple):
+    """A family's own arithmetic in the decoder; `layer` is a layer's weights, `hooks` what to do differently in it."""
+
+    place: Callable[[Params, Array, Array], Array]  # (params, embeddings [B T D], positions [B T]) -> [B T D]
+    # (layer, hooks, x [B T D]) -> q [B T K G H], k, v [B T K H] of self attention
+    queries: Callable[..., tuple[Array, Array, Array]]
+    combine: Callable[..., Array]  # (layer, hooks, x, attended [B T K G H]) -> [B T D] behind self attention
+    cross_queries: Callable[..., Array]  # (layer, hooks, x [B T D]) -> q [B T K G H]
+    # (layer, hooks, what was read [B S D]) -> k, v [B S K H]
+    cross_keys: Callable[..., tuple[Array, Array]]
+    cross_combine: Callable[..., Array]  # (layer, hooks, x, attended [B T K G H]) -> [B T D] behind cross attention
+    mlp: Callable[..., Array]  # (layer, hooks, x [B T D]) -> [B T D] behind the whole layer
+    norm: Callable[[Params, Array], Array]  # (params, x [B T D]) -> [B T D]
+    unembed: Callable[[Params, Array], Array]  # (params, hidden [... D]) -> float32 logits [... V]
+
+
+class Source(NamedTuple):
+    """What cross attention reads in one layer; in beam search B sources stand for B W rows."""
+
+    kv: KV  # [B S K H]
+    mask: Array  # bool [B T S], or [B W S] with W rows of one token each
+
+
+# (params, stack, queries [T], keys [S]) -> [K G T S], what places in a row add to the scores of self attention
+Bias = Callable[[Params, str, Array, Array], Array | None]
+
+
+def build(
+    reading: encoder.Layer,
+    writing: Writer,
+    *,
+    config: dict[str, Any],
+    sites: dict[str, Sites],
+    specs: Params,
+    vocabulary: int,
+    max_positions: int | None,
+    how: nn.Attention = nn.PLAIN,
+    bias: Bias = lambda *_: None,
+    scan: bool = True,
+) -> Model:
+    """Makes a `Model` of an encoder and a decoder; scan=False unrolls their layers.
+
+    Prompts and virtual tokens stand before and among what the encoder reads, and the decoder sees what became of them.
+    Raises `UserError` for a config.json without a token that the decoder starts with.
+    """
+    if config.get("decoder_start_token_id") is None:
+        raise UserError(f"config.json of a {config['model_type']} model lacks decoder_start_token_id")
+    start = config["decoder_start_token_id"]
+    reader = encoder.Reader(reading, sites, vocabulary, "encoder_layers", how, scan)
+
+    def over_layers(body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+        return jax.lax.scan(body, carry, xs, unroll=1 if scan else sites["decoder"].layers)
+
+    def read(
+        params: Params, adaptation: Adaptation, tokens: Array, positions: Array, segments: Array, keep: Callable
+    ) -> tuple[Array, Array, Any]:
+        """What the encoder makes of a source [B S]: states [B P+S D], their segments, what is kept of each layer."""
+        text = reader.start(params, adaptation, tokens, positions, segments, None)
+        places = jnp.arange(text.x.shape[1])
+        states, kept = reader.read(params, adaptation.encoder, text, keep, bias(params, "encoder", places, places))
+        return states, text.segments, kept
+
+    def offered(weights: Params, hooks: LayerHooks, states: Array) -> KV:
+        """The keys and values of one layer's cross attention; gates of their changes are of what they are made of."""
+        return KV(*writing.cross_keys(weights, nn.open_gates(hooks, states), states))
+
+    def one(
+        weights: Params,
+        hooks: LayerHooks,
+        x: Array,
+        mask: Array,
+        source: Source,
+        store: Callable,
+        added: Array | None,
+    ) -> tuple[Array, dict[str, tuple]]:
+        """One layer: x after it, and by site the queries, keys and values, hooks and mask of its attention."""
+        hooks = nn.open_gates(hooks, x)
+        q, k, v = writing.queries(weights, hooks, x)
+        own = KV(*store(k, v))
+        attended = nn.attend_hooked(q, own.k, own.v, mask, hooks, "self", how=how, bias=added)
+        x = writing.combine(weights, hooks, x, attended)
+        asked = beside(writing.cross_queries(weights, hooks, x), source)
+        shared = one_source(hooks, source)
+        found = nn.attend_hooked(asked, source.kv.k, source.kv.v, source.mask, shared, "cross", how=how)
+        x = writing.cross_combine(weights, hooks, x, found.reshape(*x.shape[:2], *found.shape[2:]))
+        seen = {"self": (q, KV(k, v), hooks, mask), "cross": (asked, source.kv, shared, source.mask)}
+        return writing.mlp(weights, hooks, x), seen
+
+    def full(params: Params, adaptation: Adaptation, batch: Batch, keep: Callable, keep_read: Callable) -> tuple:
+        """Hidden states [B T D] of the decoder, and what is kept of each of its layers and of the encoder's."""
+        if batch.source is None:
+            raise UserError(f"a {config['model_type']} model writes what follows a source; this batch has none")
+        source = (batch.source, batch.source_positions, batch.source_segments)
+        states, segments, kept_read = read(params, adaptation, *source, keep_read)
+        visible = nn.source_mask(batch.segments, segments)
+        causal = nn.causal_mask(batch.segments)
+        places = jnp.arange(batch.tokens.shape[1])
+        added = bias(params, "decoder", places, places)
+
+        def body(x, inputs):
+            weights, hooks = inputs
+            heard = Source(offered(weights, hooks, states), visible)
+            x, seen = one(weights, hooks, x, causal, heard, decoder.as_they_are, added)
+            return x, keep(seen)
+
+        x = writing.place(params, reading.embed(params, batch.tokens), batch.positions)
+        x, kept = over_layers(body, x, (params["layers"], adaptation.decoder))
+        return writing.norm(params, x), kept, kept_read
+
+    def hidden(params: Params, adaptation: Adaptation, batch: Batch) -> Array:
+        return full(params, adaptation, batch, lambda _: None, lambda *_: None)[0]
+
+    def prefill(
+        params: Params, adaptation: Adaptation, tokens: Array, lengths: Array, slots: int
+    ) -> tuple[Array, Cache]:
+        rows, length = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
+        segments = (positions < lengths[:, None]).astype(jnp.int32)
+        states, segments, _ = read(params, adaptation, tokens, positions, segments, lambda *_: None)
+        offer = lambda _, inputs: (None, offered(*inputs, states))  # noqa: E731
+        _, cross = over_layers(offer, None, (params["layers"], adaptation.decoder))
+        layers, (heads, size) = sites["decoder"].layers, sites["decoder"].kv["self"]
+        empty = jnp.zeros((layers, rows, slots, heads, size), states.dtype)
+        cache = Cache(
+            k=empty,
+            v=empty,
+            valid=jnp.zeros((rows, slots), bool),
+            slot=jnp.int32(0),
+            position=jnp.zeros(rows, jnp.int32),
+            cross=cross,
+            source=segments > 0,
+        )
+        return decode(params, adaptation, cache, jnp.full(rows, start, jnp.int32))
+
+    def decode(params: Params, adaptation: Adaptation, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
+        valid = cache.valid.at[:, cache.slot].set(True)
+        sources = cache.source[:, None]
+        visible = jnp.broadcast_to(sources, (len(sources), len(tokens) // len(sources), sources.shape[2]))
+        # All rows write to the same slot, and each has started at the first: places are slots.
+        added = bias(params, "decoder", cache.slot[None], jnp.arange(valid.shape[1]))
+
+        def body(carry, inputs):
+            x, keys, values = carry
+            number, weights, hooks, cross = inputs
+
+            def store(k, v):
+                nonlocal keys, values
+                keys = decoder.written(keys, k, number, cache.slot)
+                values = decoder.written(values, v, number, cache.slot)
+                return keys[number], values[number]
+
+            x, _ = one(weights, hooks, x, valid[:, None], Source(cross, visible), store, added)
+            return (x, keys, values), None
+
+        x = writing.place(params, reading.embed(params, tokens[:, None]), cache.position[:, None])
+        inputs = (jnp.arange(sites["decoder"].layers), params["layers"], adaptation.decoder, cache.cross)
+        (x, k, v), _ = over_layers(body, (x, cache.k, cache.v), inputs)
+        logits = writing.unembed(params, writing.norm(params, x)[:, 0])
+        return logits, cache.replace(k=k, v=v, valid=valid, slot=cache.slot + 1, position=cache.position + 1)
+
+    def keys_values(params: Params, tokens: Array) -> dict[str, dict[str, KV]]:
+        """What each layer computes for tokens [P] that are read and written, by stack and site, as [L P K H]."""
+        row = jnp.asarray(tokens)[None]
+        positions, ones = jnp.arange(row.shape[1])[None], jnp.ones_like(row)
+        none = jnp.zeros((1, 0), jnp.int32)
+        batch = Batch(
+            tokens=row,
+            positions=positions,
+            segments=ones,
+            target_index=none,
+            targets=none,
+            mask=none.astype(jnp.float32),
+            examples=ones[:, 0],
+            source=row,
+            source_positions=positions,
+            source_segments=ones,
+        )
+        keep = lambda seen: {site: kv for site, (_, kv, *_) in seen.items()}  # noqa: E731
+        _, kept, kept_read = full(params, Adaptation(), batch, keep, lambda q, kv, *_: kv)
+        found = {"encoder": {"self": kept_read}, "decoder": kept}
+        return jax.tree.map(lambda x: x[:, 0], found)
+
+    def probe(params: Params, adaptation: Adaptation, batch: Batch) -> dict[str, dict[str, dict[str, Array]]]:
+        """What attention does with the slots, as in models/decoder.py; the rows of a prompt are tokens, not slots."""
+        real = (batch.segments > 0).astype(jnp.float32)
+        length = 0 if adaptation.prompt is None else adaptation.prompt.shape[-2]
+        read = jnp.pad((batch.source_segments > 0).astype(jnp.float32), [(0, 0), (length, 0)])
+
+        def added(stack: str, queries: Array) -> Array | None:
+            places = jnp.arange(queries.shape[1])
+            return bias(params, stack, places, places)
+
+        def keep_read(q: Array, kv: KV, hooks: LayerHooks, mask: Array) -> dict[str, Array]:
+            return nn.slot_statistics(q, kv, nn.slots_at(hooks, "self"), mask, read, how, added("encoder", q))
+
+        def keep(seen: dict[str, tuple]) -> dict[str, dict[str, Array]]:
+            found = {}
+            for site, (q, kv, hooks, mask) in seen.items():
+                more = (added("decoder", q), None) if site == "self" else (None, read)
+                found[site] = nn.slot_statistics(q, kv, nn.slots_at(hooks, site), mask, real, how, *more)
+            return found
+
+        _, kept, kept_read = full(params, adaptation, batch, keep, keep_read)
+        return {"encoder": {"self": kept_read}, "decoder": kept}
+
+    return Model(
+        config=config,
+        sites=sites,
+        specs=specs,
+        vocabulary=vocabulary,
+        max_positions=max_positions,
+        embed=reading.embed,
+        hidden=hidden,
+        unembed=writing.unembed,
+        prefill=prefill,
+        decode=decode,
+        probe=probe,
+        keys_values=keys_values,
+        start=start,
+    )
+
+
+def stack_sites(
+    stack: str, *, layers: int, width: int, heads: tuple[int, int], mlp: int, into: tuple[str, ...] = ("up",)
+) -> Sites:
+    """What a stack offers whose attention has heads (K, H) and whose MLP is reached by the projections `into`."""
+    kinds = ("self", "cross") if stack == "decoder" else ("self",)
+    shapes = dict.fromkeys("qkv", ((width,), heads)) | {"o": (heads, (width,))}
+    if stack == "decoder":
+        shapes |= {f"cross_{name}": shape for name, shape in shapes.items()}
+    shapes |= dict.fromkeys(into, ((width,), (mlp,))) | {"down": ((mlp,), (width,))}
+    projections = {name: Projection(*shape, weight=name) for name, shape in shapes.items()}
+    return Sites(layers, width, dict.fromkeys(kinds, heads), dict.fromkeys(kinds, 1), projections)
+
+
+def cross_queries(layer: Params, hooks: LayerHooks, x: Array) -> Array:
+    """The queries [B T K 1 H] of cross attention from x [B T D]."""
+    return nn.project(x, layer["cross_q"], hooks, "cross_q")[:, :, :, None]
+
+
+def cross_keys(layer: Params, hooks: LayerHooks, states: Array) -> tuple[Array, Array]:
+    """The keys and values [B S K H] of cross attention from states [B S D]."""
+    return tuple(nn.project(states, layer[name], hooks, name) for name in ("cross_k", "cross_v"))
+
+
+def beside(q: Array, source: Source) -> Array:
+    """Queries [B*W T K G H] as [B W*T K G H], those of all rows that continue from one source in a row."""
+    return q.reshape(len(source.mask), -1, *q.shape[2:])
+
+
+def one_source(hooks: LayerHooks, source: Source) -> LayerHooks:
+    """The hooks of cross attention, a gate's value [B*W T] laid out as `beside` does with queries."""
+    kv = (hooks.kv or {}).get("cross")
+    if kv is None or kv.share is None:
+        return hooks
+    return hooks.replace(kv={"cross": kv.replace(share=kv.share.reshape(len(source.mask), -1))})
