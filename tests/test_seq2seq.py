@@ -1,16 +1,20 @@
 """Encoder-decoders: transformers' logits and texts, what prefixes at each attention and prompts are in them, and every
 method on them."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import SEQ2SEQ, P, V, close, letters
 
 import prefix_tuning
+import run
 from prefix_tuning import decode, models, nn, parallel, setup
 from prefix_tuning.data import pipeline
 from prefix_tuning.errors import UserError
@@ -519,3 +523,126 @@ def test_what_an_encoder_decoder_refuses(twin, tmp_path):
         prefix_tuning.generate(model, frozen, prompt, long, max_new_tokens=4)
     assert prefix_tuning.generate(model, frozen, prefix, long, max_new_tokens=4)  # a prefix takes no positions
     assert nn.taken(setup.abstract_adaptation(METHODS["prefix"](None, length=P), model), model) == 0
+
+
+# --- Whole runs
+
+WORDS = ["<pad>", "</s>", "<unk>", *"abcdefgh"]
+
+
+def make_tokenizer():
+    """A token a letter."""
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+@pytest.fixture
+def folder(tmp_path, request):
+    """A tiny fresh model with a tokenizer, and pairs of a few letters and two of them by the alphabet."""
+    sizes = {
+        "bart": {"d_model": 24, "activation_function": "relu", "max_position_embeddings": 24, "init_std": 0.2}
+        | {
+            f"{stack}_{name}": n
+            for stack in ("encoder", "decoder")
+            for name, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 40))
+        },
+        "t5": {"d_model": 24, "d_kv": 8, "num_heads": 3, "d_ff": 40, "num_layers": 1},
+    }[request.param]
+    config = {"model_type": request.param, "vocab_size": len(WORDS), "decoder_start_token_id": 0, **sizes}
+    config |= {"eos_token_id": 1, "pad_token_id": 0, "forced_eos_token_id": None}
+    model = models.build(config | {"initializer_range": 0.2})
+    loading.save_pretrained(tmp_path / "model", model, loading.initialise(jax.random.key(1), model))
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for split, size in (("train", 320), ("validation", 8), ("test", 20)):
+        sources = [" ".join(rng.choice(list("abcdefgh"), rng.integers(2, 6))) for _ in range(size)]
+        rows = [
+            json.dumps({"source": source, "target": f"{min(source[::2])} {max(source)}"}) + "\n" for source in sources
+        ]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(rows))
+    return tmp_path
+
+
+def train(folder, workdir, method, *options):
+    """The shipped quick start with this model and data."""
+    given = [f"model.name={folder}/model", f"dataset.path={folder}/data", "text.prompt={source} </s>"]
+    given += ["evaluation.metrics=('exact_match',)", "decode.max_new_tokens=5", "decode.num_beams=2", *options]
+    config = f"--config=configs/quickstart.py:method={method}"
+    return run.main(["train", config, *(f"--config.{x}" for x in given), f"--workdir={workdir}"])
+
+
+@pytest.mark.parametrize("folder", ["bart", "t5"], indirect=True)
+def test_a_run_learns_to_write_what_it_read(folder, capsys):
+    """All weights trained, in packed rows: nearly all right; the commands say the same, and transformers too."""
+    workdir = folder / "run"
+    more = ["train.epochs=60", "train.batch_size=8", "train.packing=True", "optimizer.learning_rate=5e-3"]
+    assert train(folder, workdir, "finetune", *more) == 0
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["untuned"]["exact_match"] < 40
+    assert summary["tuned"]["exact_match"] >= 90, summary
+    rows = [
+        json.loads(line) for line in (workdir / f"predictions/test_{summary['steps']}.jsonl").read_text().splitlines()
+    ]
+    capsys.readouterr()
+    assert run.main(["eval", f"--workdir={workdir}", "--split=test"]) == 0
+    assert json.loads(capsys.readouterr().out)["exact_match"] == summary["tuned"]["exact_match"]
+    out = folder / "out"
+    test = f"--input={folder}/data/test.jsonl"
+    assert run.main(["generate", f"--workdir={workdir}", test, f"--output={out}"]) == 0
+    given = [json.loads(line)["prediction"] for line in out.read_text().splitlines()]
+    assert {row["prediction"] for row in rows} <= set(given)
+    assert run.main(["export", f"--workdir={workdir}", "--format=merged", f"--output={folder}/merged"]) == 0
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / "merged").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "merged")
+    first = json.loads((folder / "data/test.jsonl").read_text().splitlines()[0])["source"]
+    new = theirs.generate(tokenizer(f"{first} </s>", return_tensors="pt").input_ids, num_beams=2, max_new_tokens=5)
+    assert tokenizer.decode(new[0], skip_special_tokens=True).strip() == given[0]
+
+
+@pytest.mark.parametrize("folder", ["bart"], indirect=True)
+def test_a_prefix_is_inspected_at_each_attention(folder, capsys):
+    whole = folder / "whole"
+    short = ["train.epochs=1", "train.examples=64", "method.length=3", "optimizer.warmup_steps=0"]
+    assert train(folder, whole, "prefix", *short) == 0
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["parameters"]["trained"] == 3 * 2 * 3 * 24  # slots, keys and values, attentions, width
+    assert summary["adapter"] is None
+    capsys.readouterr()
+    assert run.main(["inspect", f"--workdir={whole}", "--examples=6"]) == 0
+    text = capsys.readouterr().out
+    found = json.loads((whole / "inspect.json").read_text())
+    assert set(found["attention"]) == set(SITES)
+    for site, seen in found["attention"].items():
+        assert f"## {site}\n" in text
+        assert (whole / f"inspect_{site}.png").exists()
+        assert np.asarray(seen["mass"]).shape == (1, 2, 3)
+        assert len(seen["without"]) == 3
+    assert run.main(["export", f"--workdir={whole}", "--format=peft", f"--output={folder}/out"]) == 1
+    assert "this model has the stacks encoder, decoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["bart"], indirect=True)
+def test_configs_that_cannot_work(folder, capsys):
+    for method, options, message in (
+        ("prefix", ["text.prompt={source}" + " a" * 20], "prefix (0) + longest source of the train split"),
+        ("prompt", ["method.length=20"], "prefix (20) + longest source of the train split"),
+        ("prefix", ["text.completion={target}" + " a" * 30], "prefix (0) + longest target of the train split"),
+        ("prefix", ["decode.max_new_tokens=30"], "prefix (0) + decode.max_new_tokens (30) = 30 positions"),
+        ("prompt", ["train.packing=True"], "an encoder's prompt belongs to one; drop it"),
+        ("prefix", ["method.sites=('cross',)"], "method.sites"),
+        ("prefix", ["method.shift=True"], "the positions of an encoder-decoder never move"),
+        ("prefix", ["text.prompt={chat}", "text.completion={chat}"], "{chat} is for decoders"),
+    ):
+        assert train(folder, folder / "w", method, *options) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    config = run.load_config("configs/sst2_minilm.py").to_dict()
+    config["model"]["name"] = str(folder / "model")
+    with pytest.raises(UserError, match="a bart model answers in text; expected objective 'lm'"):
+        setup.make_base(config)
