@@ -46,9 +46,9 @@ def answers(task: Task, encoded: Encoded, scores: Sequence[np.ndarray]) -> list[
     ]
 
 
-def classify(*, labels: Sequence[str], words: Sequence[str] | None = None) -> Task:
+def classify(*, labels: Sequence[str], words: Sequence[str] | None = None, pooling: str = "token") -> Task:
     """Rows with `source`, perhaps `source2`, and the name of a class in `label`."""
-    del words  # the objective's business
+    del words, pooling  # the objective's business
     classes = list(labels)
 
     def encode(

@@ -6,22 +6,33 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from prefix_tuning.errors import UserError
+from prefix_tuning.errors import UserError, valid
 from prefix_tuning.objectives import scores
 from prefix_tuning.types import Adaptation, Batch, Model, Objective, Params
 
+POOLINGS = ("token", "mean")
 
-def make(tokenizer: Any, *, labels: Sequence[str], words: Sequence[str] | None = None) -> Objective:
-    """An `Objective` that predicts one of `labels` from the hidden state of one token.
 
-    That token is the first of an encoder, the last of a decoder, or the one that the template calls {mask}.  With
+def make(
+    tokenizer: Any, *, labels: Sequence[str], words: Sequence[str] | None = None, pooling: str = "token"
+) -> Objective:
+    """An `Objective` that predicts one of `labels` from the hidden state of one token, or their mean.
+
+    The token is the first of an encoder, the last of a decoder, or the one that the template calls {mask}.  With
     `words`, one for each label and one token each, the classes are scored by the model's own logits of those tokens;
-    otherwise a linear head is trained beside the method, behind the model's pooler if it has one.  Raises `UserError`.
+    otherwise a linear head is trained beside the method, behind the model's pooler if it has one.  `pooling="mean"`
+    reads the mean over the tokens of the text instead, which models of whole sentences were trained with (Reimers &
+    Gurevych 2019), without a pooler.  Raises `UserError`.
     """
     labels = scores.check_labels(labels)
+    valid("objective.pooling", pooling, POOLINGS)
+    if words is not None and pooling != "token":
+        raise UserError(f"objective.words are predicted at one token; drop objective.pooling={pooling!r}")
     ids = None if words is None else jnp.asarray(one_token_each(tokenizer, words, labels))
 
     def predict(model: Model, params: Params, adaptation: Adaptation, batch: Batch) -> Array:
+        if pooling == "mean":
+            return scores.linear(params["head"], scores.mean_of_text(model, params, adaptation, batch))
         hidden = scores.hidden_at_targets(model, params, adaptation, batch)
         if ids is not None:
             return model.unembed(params, hidden)[..., ids]

@@ -16,6 +16,15 @@ def hidden_at_targets(model: Model, params: Params, adaptation: Adaptation, batc
     return jnp.take_along_axis(hidden, batch.target_index[..., None], axis=1)
 
 
+def mean_of_text(model: Model, params: Params, adaptation: Adaptation, batch: Batch) -> Array:
+    """The mean hidden states [B N D] of the texts that targets are in, over their tokens without virtual ones."""
+    hidden = model.hidden(params, adaptation, batch)  # [B T D]
+    own = jnp.take_along_axis(batch.segments, batch.target_index, axis=1)  # [B N]
+    inside = (batch.segments[:, None] == own[..., None]) & (batch.tokens < model.vocabulary)[:, None]
+    weights = inside / jnp.maximum(inside.sum(-1, keepdims=True), 1)
+    return jnp.einsum("bnt,btd->bnd", weights.astype(hidden.dtype), hidden)
+
+
 def cross_entropy(logits: Array, batch: Batch) -> dict[str, Array]:
     """Sums over the real targets of a batch, from float32 logits [B N C]: "nll" in nats, "correct", and counts."""
     chosen = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
