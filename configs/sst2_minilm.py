@@ -32,7 +32,9 @@ def get_config(arg=None):
         dataset=common.section(name="glue", path="nyu-mll/glue", task="sst2"),
         text=common.section(prompt="{cls}{source}{sep}", max_length=128),
         method=common.method(settings["method"], prefix={"length": 20, "init": "random", "text": None}),
-        objective=common.section(name="classify", labels=("negative", "positive"), words=None, pooling="mean"),
+        objective=common.section(
+            name="classify", labels=("negative", "positive"), words=None, pooling="mean", dropout=0.0
+        ),
         optimizer=common.section(
             name="adamw",
             learning_rate=common.rate(settings["method"], RATES),

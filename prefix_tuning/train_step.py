@@ -10,6 +10,7 @@ from jax import Array
 from prefix_tuning.types import Batch, Method, Model, Objective, Params, TrainState
 
 Sums = dict[str, Array]
+OBJECTIVE = 1 << 20  # folded into a step's key for what the objective draws, beyond all that methods fold in
 
 
 def make_train_step(
@@ -23,7 +24,8 @@ def make_train_step(
 
     def loss_fn(trainable, frozen, batch, key):
         params, adaptation = method.bind(frozen, trainable, key=key)
-        loss, count, metrics = objective.loss(model, params, adaptation, batch)
+        own = jax.random.fold_in(key, OBJECTIVE)
+        loss, count, metrics = objective.loss(model, params, adaptation, batch, own)
         return loss, {"loss": loss, "count": count, **metrics}
 
     def step(frozen, state, batch):

@@ -241,11 +241,12 @@ class Method(NamedTuple):
 class Objective(NamedTuple):
     """What is minimised, as pure functions."""
 
-    # (model, params, adaptation, batch) -> (loss summed, what to divide by, further metrics as sums)
-    loss: Callable[[Model, Params, Adaptation, Batch], tuple[Array, Array, dict[str, Array]]]
+    # (model, params, adaptation, batch, key=None) -> (loss summed, what to divide by, further metrics as sums); without
+    # a key nothing is drawn
+    loss: Callable[..., tuple[Array, Array, dict[str, Array]]]
     head: Callable[[Array, Model], Params] | None = None  # (key, model) -> params["head"], float32, fresh
-    # (model, params, adaptation, batch) -> scores [B ...] that answers are read off; None: answers are generated
-    predict: Callable[[Model, Params, Adaptation, Batch], Array] | None = None
+    # (model, params, adaptation, batch, key=None) -> scores [B ...] that answers are read off; None: they are generated
+    predict: Callable[..., Array] | None = None
 
 
 @flax.struct.dataclass

@@ -139,6 +139,13 @@ def pytest_configure(config):
     transformers.utils.logging.disable_progress_bar()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs of a finished file are dropped: thousands use up the memory maps that a process may have."""
+    yield
+    jax.clear_caches()
+
+
 class Twin(NamedTuple):
     """A tiny random model: transformers' and, from the folder that it saved, ours."""
 

@@ -7,6 +7,7 @@ import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tokenizers
 import transformers
@@ -18,7 +19,8 @@ from prefix_tuning.errors import UserError
 from prefix_tuning.files import read_lines
 from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
-from prefix_tuning.types import Adaptation, Batch
+from prefix_tuning.train_step import make_train_step
+from prefix_tuning.types import Adaptation, Batch, Method, Objective, TrainState
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", "a", "b", "c", "d", "e", "f", "##x", "##y", "good", "bad", "?"]
 PAD, CLS, SEP, MASK = range(4)
@@ -243,6 +245,61 @@ def test_loss_of_classes_by_hand(name):
     assert fresh["kernel"].shape == (D, 3)
     assert not fresh["bias"].any()
     assert 0.3 < np.std(fresh["kernel"]) < 0.7
+
+
+def test_classes_by_the_mean_of_their_text():
+    """Of its own segment, without padding and virtual tokens, whichever token is the target's."""
+    hidden = np.random.default_rng(0).normal(size=(2, 6, D))
+    objective = OBJECTIVES["classify"](None, labels=("x", "y", "z"), pooling="mean")
+    one, two = pipeline.Example([5, V, 7], [0], [1]), pipeline.Example([5, 6], [1], [2])
+    packed = Batch(**pipeline.collate([[one, two], []], 6, 2))
+    stub, own = Stub(hidden), head(3)
+    stub.vocabulary = V
+    found = objective.predict(stub, {"head": own}, Adaptation(), packed)
+    means = np.stack([hidden[0, [0, 2]].mean(0), hidden[0, 3:5].mean(0)])
+    np.testing.assert_allclose(found[0], means @ own["kernel"] + own["bias"], rtol=1e-5)
+    assert np.isfinite(found).all()
+    with pytest.raises(UserError, match=r"objective\.words are predicted at one token without a head"):
+        OBJECTIVES["classify"](TOKENIZER, labels=("pos", "neg"), words=("good", "bad"), pooling="mean")
+    with pytest.raises(UserError, match=r"objective\.pooling"):
+        OBJECTIVES["classify"](TOKENIZER, labels=("pos", "neg"), pooling="max")
+
+
+@pytest.mark.parametrize("name", ["classify", "tag", "choice", "span"])
+def test_dropout_is_on_what_the_head_reads_and_only_with_a_key(name):
+    hidden = np.ones((1, 3, 4000))
+    labels = {"labels": ("x", "y")} if name in ("classify", "tag") else {}
+    objective = OBJECTIVES[name](None, dropout=0.25, **labels)
+    own = {"kernel": np.full((4000, 2), 1 / 4000, np.float32), "bias": np.zeros(2, np.float32)}
+    batch = batch_of([pipeline.Example([5, 6, 7], [0], [1], types=[1, 1, 1])], 3, 1, filler=0)
+    given = (Stub(hidden), {"head": own}, Adaptation(), batch)
+    np.testing.assert_allclose(objective.predict(*given), 1.0, rtol=1e-4)
+    drawn = np.asarray(objective.predict(*given, jax.random.key(0)))
+    assert 1e-3 < np.abs(drawn - 1.0).max() < 0.05  # the mean is kept
+    with pytest.raises(UserError, match=r"objective\.dropout must be in \[0, 1\), got 1.0"):
+        OBJECTIVES[name](None, dropout=1.0, **labels)
+
+
+def test_a_step_draws_the_heads_dropout():
+    """From a key that differs from step to step; evaluation draws nothing."""
+    seen = []
+
+    def loss(model, params, adaptation, batch, key=None):
+        seen.append(key)
+        return jnp.sum(params["w"] * jax.random.normal(key)), jnp.float32(1), {}
+
+    method = Method(lambda *_: None, lambda frozen, trainable, key=None: (trainable, Adaptation()))
+    tx = optax.sgd(1.0)
+    batch = batch_of([pipeline.Example([5], [0], [0])], 1, 1, filler=0)
+    batch = jax.tree.map(lambda x: x[None], batch)
+    start = {"w": jnp.zeros(1)}
+    state = TrainState(jnp.int32(0), start, tx.init(start), jax.random.key(0))
+    step = jax.jit(make_train_step(None, method, Objective(loss), tx))
+    first, _ = step({}, state, batch)
+    second, _ = step({}, first, batch)
+    moved = [float(first.trainable["w"][0]), float(second.trainable["w"][0] - first.trainable["w"][0])]
+    assert all(moved)
+    assert moved[0] != moved[1]
 
 
 def test_classes_by_words_of_the_vocabulary():

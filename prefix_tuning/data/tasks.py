@@ -46,9 +46,11 @@ def answers(task: Task, encoded: Encoded, scores: Sequence[np.ndarray]) -> list[
     ]
 
 
-def classify(*, labels: Sequence[str], words: Sequence[str] | None = None, pooling: str = "token") -> Task:
+def classify(
+    *, labels: Sequence[str], words: Sequence[str] | None = None, pooling: str = "token", dropout: float = 0.0
+) -> Task:
     """Rows with `source`, perhaps `source2`, and the name of a class in `label`."""
-    del words, pooling  # the objective's business
+    del words, pooling, dropout  # the objective's business
     classes = list(labels)
 
     def encode(
@@ -82,8 +84,9 @@ def classify(*, labels: Sequence[str], words: Sequence[str] | None = None, pooli
     return Task(encode, lambda row: [row["label"]], asked, answer)
 
 
-def tag(*, labels: Sequence[str]) -> Task:
+def tag(*, labels: Sequence[str], dropout: float = 0.0) -> Task:
     """Rows with `words` and the `tags` of each; an answer is the tags with spaces between, "O" for words cut off."""
+    del dropout  # the objective's business
     classes = list(labels)
 
     def encode(
@@ -130,8 +133,9 @@ def tag(*, labels: Sequence[str]) -> Task:
     return Task(encode, lambda row: [" ".join(row["tags"])], lambda row: " ".join(row["words"]), answer)
 
 
-def choice() -> Task:
+def choice(*, dropout: float = 0.0) -> Task:
     """Rows with `source`, the texts `choices` and the number of the right one in `label`."""
+    del dropout  # the objective's business
 
     def encode(
         dataset: datasets.Dataset,
@@ -169,11 +173,12 @@ def choice() -> Task:
     return Task(encode, lambda row: [row["choices"][row["label"]]], asked, answer)
 
 
-def span() -> Task:
+def span(*, dropout: float = 0.0) -> Task:
     """Rows with a question `source`, its context `source2`, and `answers` that start at `starts`; none is no answer.
 
     A context that is too long is read in windows that overlap by `stride` tokens; the best answer of any is taken.
     """
+    del dropout  # the objective's business
 
     def encode(
         dataset: datasets.Dataset,

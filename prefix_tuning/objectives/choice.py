@@ -10,18 +10,25 @@ from prefix_tuning.objectives import scores
 from prefix_tuning.types import Adaptation, Batch, Model, Objective, Params
 
 
-def make(tokenizer: Any) -> Objective:
-    """An `Objective` for rows that hold the choices of one question as segments, whose targets are 1 where right."""
-    del tokenizer
+def make(tokenizer: Any, *, dropout: float = 0.0) -> Objective:
+    """An `Objective` for rows that hold the choices of one question as segments, whose targets are 1 where right.
 
-    def predict(model: Model, params: Params, adaptation: Adaptation, batch: Batch) -> Array:
+    `dropout` is a probability on what the head reads.  Raises `UserError`.
+    """
+    del tokenizer
+    scores.check_dropout(dropout)
+
+    def predict(model: Model, params: Params, adaptation: Adaptation, batch: Batch, key: Array | None = None) -> Array:
         """Scores [B N] of the choices, -inf where there is none."""
         hidden = scores.hidden_at_targets(model, params, adaptation, batch)
-        score = scores.linear(params["head"], scores.pooled(model, params, hidden))[..., 0]
+        read = scores.dropped(scores.pooled(model, params, hidden), dropout, key)
+        score = scores.linear(params["head"], read)[..., 0]
         return jnp.where(batch.mask > 0, score, -jnp.inf)
 
-    def loss(model: Model, params: Params, adaptation: Adaptation, batch: Batch) -> tuple[Array, Array, dict]:
-        score, real = predict(model, params, adaptation, batch), batch.examples > 0
+    def loss(
+        model: Model, params: Params, adaptation: Adaptation, batch: Batch, key: Array | None = None
+    ) -> tuple[Array, Array, dict]:
+        score, real = predict(model, params, adaptation, batch, key), batch.examples > 0
         score = jnp.where(real[:, None], score, 0.0)  # a row that only fills the batch has no choice to be -inf
         right = batch.targets.argmax(-1)
         nll = -jnp.take_along_axis(jax.nn.log_softmax(score), right[:, None], axis=-1)[:, 0]

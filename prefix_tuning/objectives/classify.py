@@ -14,7 +14,12 @@ POOLINGS = ("token", "mean")
 
 
 def make(
-    tokenizer: Any, *, labels: Sequence[str], words: Sequence[str] | None = None, pooling: str = "token"
+    tokenizer: Any,
+    *,
+    labels: Sequence[str],
+    words: Sequence[str] | None = None,
+    pooling: str = "token",
+    dropout: float = 0.0,
 ) -> Objective:
     """An `Objective` that predicts one of `labels` from the hidden state of one token, or their mean.
 
@@ -22,24 +27,30 @@ def make(
     `words`, one for each label and one token each, the classes are scored by the model's own logits of those tokens;
     otherwise a linear head is trained beside the method, behind the model's pooler if it has one.  `pooling="mean"`
     reads the mean over the tokens of the text instead, which models of whole sentences were trained with (Reimers &
-    Gurevych 2019), without a pooler.  Raises `UserError`.
+    Gurevych 2019), without a pooler.  `dropout` is a probability on what the head reads.  Raises `UserError`.
     """
     labels = scores.check_labels(labels)
     valid("objective.pooling", pooling, POOLINGS)
-    if words is not None and pooling != "token":
-        raise UserError(f"objective.words are predicted at one token; drop objective.pooling={pooling!r}")
+    scores.check_dropout(dropout)
+    if words is not None and (pooling != "token" or dropout):
+        raise UserError("objective.words are predicted at one token without a head; drop objective.pooling and dropout")
     ids = None if words is None else jnp.asarray(one_token_each(tokenizer, words, labels))
 
-    def predict(model: Model, params: Params, adaptation: Adaptation, batch: Batch) -> Array:
+    def predict(model: Model, params: Params, adaptation: Adaptation, batch: Batch, key: Array | None = None) -> Array:
         if pooling == "mean":
-            return scores.linear(params["head"], scores.mean_of_text(model, params, adaptation, batch))
+            return scored(params, scores.mean_of_text(model, params, adaptation, batch), key)
         hidden = scores.hidden_at_targets(model, params, adaptation, batch)
         if ids is not None:
             return model.unembed(params, hidden)[..., ids]
-        return scores.linear(params["head"], scores.pooled(model, params, hidden))
+        return scored(params, scores.pooled(model, params, hidden), key)
 
-    def loss(model: Model, params: Params, adaptation: Adaptation, batch: Batch) -> tuple[Array, Array, dict]:
-        sums = scores.cross_entropy(predict(model, params, adaptation, batch), batch)
+    def scored(params: Params, hidden: Array, key: Array | None) -> Array:
+        return scores.linear(params["head"], scores.dropped(hidden, dropout, key))
+
+    def loss(
+        model: Model, params: Params, adaptation: Adaptation, batch: Batch, key: Array | None = None
+    ) -> tuple[Array, Array, dict]:
+        sums = scores.cross_entropy(predict(model, params, adaptation, batch, key), batch)
         return sums.pop("nll"), sums["targets"], sums
 
     def head(key: Array, model: Model) -> Params:

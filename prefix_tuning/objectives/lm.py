@@ -19,7 +19,10 @@ def make(tokenizer: Any, *, normalisation: str = "token") -> Objective:
     del tokenizer
     valid("objective.normalisation", normalisation, NORMALISATIONS)
 
-    def loss(model: Model, params: Params, adaptation: Adaptation, batch: Batch) -> tuple[Array, Array, dict]:
+    def loss(
+        model: Model, params: Params, adaptation: Adaptation, batch: Batch, key: Array | None = None
+    ) -> tuple[Array, Array, dict]:
+        del key  # nothing is drawn
         logits = model.unembed(params, scores.hidden_at_targets(model, params, adaptation, batch))  # float32 [B N V]
         sums = scores.cross_entropy(logits, batch)
         return sums["nll"], sums["targets" if normalisation == "token" else "examples"], sums

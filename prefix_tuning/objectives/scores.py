@@ -53,6 +53,19 @@ def fresh_head(key: Array, model: Model, outputs: int) -> Params:
     return {"kernel": deviation * jax.random.normal(key, (width, outputs)), "bias": jnp.zeros(outputs)}
 
 
+def check_dropout(dropout: float) -> None:
+    """Raises `UserError` for a probability that would drop everything, or is none."""
+    if not 0.0 <= dropout < 1.0:
+        raise UserError(f"objective.dropout must be in [0, 1), got {dropout}")
+
+
+def dropped(hidden: Array, dropout: float, key: Array | None) -> Array:
+    """Hidden states [... D] with some numbers dropped and the others scaled up; as they are without a key."""
+    if key is None or not dropout:
+        return hidden
+    return jnp.where(jax.random.bernoulli(key, 1 - dropout, hidden.shape), hidden / (1 - dropout), 0)
+
+
 def linear(head: Params, hidden: Array) -> Array:
     """float32 [... C] from hidden states [... D]."""
     return hidden.astype(jnp.float32) @ head["kernel"] + head["bias"]

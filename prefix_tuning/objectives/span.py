@@ -10,22 +10,27 @@ from prefix_tuning.objectives import scores
 from prefix_tuning.types import Adaptation, Batch, Model, Objective, Params
 
 
-def make(tokenizer: Any) -> Objective:
+def make(tokenizer: Any, *, dropout: float = 0.0) -> Objective:
     """An `Objective` whose two targets are positions, of the first and the last token of the answer.
 
-    Tokens of the second text can be chosen, and the first token of all, which stands for no answer.
+    Tokens of the second text can be chosen, and the first token of all, which stands for no answer.  `dropout` is a
+    probability on what the head reads.  Raises `UserError`.
     """
     del tokenizer
+    scores.check_dropout(dropout)
 
-    def predict(model: Model, params: Params, adaptation: Adaptation, batch: Batch) -> Array:
+    def predict(model: Model, params: Params, adaptation: Adaptation, batch: Batch, key: Array | None = None) -> Array:
         """Scores [B T 2] of starts and ends, -inf where neither can be."""
-        score = scores.linear(params["head"], model.hidden(params, adaptation, batch))
+        hidden = model.hidden(params, adaptation, batch)
+        score = scores.linear(params["head"], scores.dropped(hidden, dropout, key))
         first = jnp.arange(score.shape[1]) == 0
         allowed = (batch.segments > 0) & ((batch.types == 1) | first)
         return jnp.where(allowed[..., None] | first[:, None], score, -jnp.inf)
 
-    def loss(model: Model, params: Params, adaptation: Adaptation, batch: Batch) -> tuple[Array, Array, dict]:
-        log_probability = jax.nn.log_softmax(predict(model, params, adaptation, batch), axis=1)
+    def loss(
+        model: Model, params: Params, adaptation: Adaptation, batch: Batch, key: Array | None = None
+    ) -> tuple[Array, Array, dict]:
+        log_probability = jax.nn.log_softmax(predict(model, params, adaptation, batch, key), axis=1)
         found = jnp.take_along_axis(log_probability, batch.target_index[:, None], axis=1)[:, 0]  # [B 2]
         both = (log_probability.argmax(1) == batch.target_index).all(-1) & (batch.examples > 0)
         targets = batch.mask.sum()
