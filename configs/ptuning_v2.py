@@ -4,7 +4,7 @@
         --config.model.name=FOLDER --config.dataset.path=FOLDER
 
 `task` and `backbone` choose a row of `ROWS`.  Published, in the README of github.com/THUDM/P-tuning-v2 (accuracy on the
-dev split; F1 of entities on the test split; exact match / F1 on the dev split):
+dev split; F1 of entities, which its script computes on the test split; exact match / F1 on the dev split):
 
                    boolq   copa    rte    wic    wsc   conll2003       squad    squad_v2
     BERT-large      74.3   77.0   80.1   75.1   68.3           -           -           -
@@ -18,7 +18,7 @@ Not run by us at this size: it asks for a GPU (theirs was an RTX 3090).  What di
 - WiC with RoBERTa is one text that ends in a question there; here and with BERT there it is a pair, but there both
   sentences come after the word.  COPA's premise ends in "because" or "so" there, in a question here.  WSC has the
   pronoun before the text there, between asterisks here.
-- WiC's MLP with BERT starts as torch's layers do; there, as all weights, with a deviation of 0.02.
+- WiC's MLP with BERT starts as torch's layers do, its embeddings normal with deviation 1; there all with 0.02.
 - A head reads the first token through the model's pooler; where a file of weights has none, theirs is random.
 
 Their rows for CoNLL-2004, CoNLL-2005, CoNLL-2012 and OntoNotes are left out: there is no reader of these data sets.

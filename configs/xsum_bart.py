@@ -7,7 +7,7 @@
 FOLDER holds {train,val,test}.source and .target, or for the second command, table 4's extrapolation, JSON lines with
 an `id`; FILE is the benchmark's list of addresses.  Published on the test splits, ROUGE-1 / 2 / L:
 
-    all              43.80 / 20.93 / 36.05    fine-tuned 45.14 / 22.27 / 37.25
+    all              43.80 / 20.93 / 36.05    fine-tuned 45.14 / 22.27 / 37.25 (by Lewis et al. 2020)
     news_to_sports   39.23 / 16.74 / 31.51    fine-tuned 38.15 / 15.51 / 30.26
     within_news      39.41 / 16.87 / 31.47    fine-tuned 39.20 / 16.35 / 31.15
 

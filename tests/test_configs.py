@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import datasets
 import jax
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
 import run
 from configs import common, ptuning_v2, xsum_bart
 from prefix_tuning import models, setup
-from prefix_tuning.data import conll2003, superglue, tasks, xsum
+from prefix_tuning.data import conll2003, pipeline, superglue, tasks, xsum
 from prefix_tuning.heads import with_head
 from prefix_tuning.methods import METHODS
 from prefix_tuning.models import loading
@@ -180,6 +183,53 @@ def test_recipes_name_the_classes_of_their_data_sets():
     for name, task in ptuning_v2.TASKS.items():
         own = {"conll2003": conll2003.LABELS} | {task: shape.labels for task, shape in superglue.TASKS.items()}
         assert task.objective.get("labels") == own.get(name)
+
+
+def tokenizer_like(backbone):
+    """A tokenizer of a few words that puts special tokens where BERT's, or RoBERTa's and BART's, do."""
+    texts, special = ["the cat sat on a mat", "it was hot"], ["<s>", "<pad>", "</s>", "<unk>"]
+    if backbone == "bert":
+        vocabulary = {word: i for i, word in enumerate(special + " ".join(texts).split())}
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        backend.post_processor = tokenizers.processors.BertProcessing(("</s>", 2), ("<s>", 0))
+    else:
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(special_tokens=special, show_progress=False))
+        backend.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    ends = dict.fromkeys(("bos_token", "cls_token"), "<s>") | dict.fromkeys(("eos_token", "sep_token"), "</s>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", **ends)
+
+
+@pytest.mark.parametrize(("task", "backbone"), [row for row in ptuning_v2.ROWS if row[0] != "conll2003"])
+def test_two_texts_are_read_as_the_tokenizer_joins_them(task, backbone):
+    config = run.load_config(f"{ROOT}/configs/ptuning_v2.py:task={task},backbone={backbone}").to_dict()
+    tokenizer, row = tokenizer_like(backbone), {"source": "it was", "source2": "the cat"}
+    joined = tokenizer("it was", "the cat")["input_ids"]
+    if task == "copa":
+        row |= {"choices": ["hot", "on a mat"], "label": 1}
+        joined = [token for text in row["choices"] for token in tokenizer("it was the cat", text)["input_ids"]]
+    elif task in superglue.TASKS:
+        row["label"] = superglue.TASKS[task].labels[1]
+    else:
+        row |= {"answers": ["cat"], "starts": [4]}
+    made = named("objective", tasks.TASKS, config["objective"])
+    rows = datasets.Dataset.from_list([row])
+    (example,) = made.encode(rows, tokenizer, True, **config["text"], virtual=len(tokenizer)).examples
+    assert example.read == joined
+
+
+def test_articles_and_summaries_are_read_as_the_released_code_does():
+    """With a space before them and special tokens around, of which the decoder starts with the last."""
+    config = run.load_config(f"{ROOT}/configs/xsum_bart.py").to_dict()
+    tokenizer, pair = tokenizer_like("bart"), {"source": 600 * "a ", "target": "it was hot"}
+    rows, options = datasets.Dataset.from_list([pair]), config["text"] | {"virtual": len(tokenizer), "start": 2}
+    (example,) = pipeline.encode(rows, tokenizer, **options)
+    cut = {"truncation": True, "max_length": 512}
+    assert example.source == tokenizer(" " + pair["source"], **cut)["input_ids"]
+    assert example.targets == tokenizer(" it was hot")["input_ids"]
+    assert example.read == [2, *example.targets[:-1]]
 
 
 def test_every_method_has_options_and_a_rate():
