@@ -80,6 +80,8 @@ OPTIONAL = {
     "text_file": str,
     "template": str,
     "sublayer": str,
+    "part": str,
+    "urls": str,
     "clip": float,
     "scale": float,
     "shift": bool,
