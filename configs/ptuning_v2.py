@@ -14,7 +14,7 @@ Not run by us at this size: it asks for a GPU (theirs was an RTX 3090).  What di
 
 - They report the best epoch on the dev split, here the last one is scored (`train.eval_every` scores others).
 - CoNLL-2003 and SQuAD decay by 0.95 an epoch there; all decay linearly here, as SuperGLUE does there.
-- Their dropout is also inside the frozen model and before the head, and drawn anew for every row of a batch.
+- Their dropout is also inside the frozen model, and on the prefix drawn anew for every row of a batch.
 - WiC with RoBERTa is one text that ends in a question there; here and with BERT there it is a pair, but there both
   sentences come after the word.  COPA's premise ends in "because" or "so" there, in a question here.  WSC has the
   pronoun before the text there, between asterisks here.
@@ -36,7 +36,7 @@ class Row(NamedTuple):
     batch_size: int
     length: int  # of the prefix
     epochs: int
-    dropout: float
+    dropout: float  # on the prefix, and on what a head reads but for SQuAD's
     max_length: int  # tokens of a row
     seed: int
     reparametrisation: int | None = None
@@ -139,7 +139,7 @@ def get_config(arg=None):
         dataset=common.section(**task.dataset),
         text=common.section(**text),
         method=common.method(settings["method"], prefix=prefix),
-        objective=common.section(**task.objective),
+        objective=common.section(**task.objective, dropout=0.0 if task.metric == "squad" else row.dropout),
         optimizer=common.section(
             name="adamw",
             learning_rate=common.rate(settings["method"], common.RATES | {"prefix": row.learning_rate}),

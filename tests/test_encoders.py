@@ -166,12 +166,12 @@ def test_what_an_encoder_refuses(twin, tmp_path):
             models.build({"model_type": family, **ENCODERS[family], "type_vocab_size": 2, **entry})
     kv = KV(jnp.ones((3, P, 2, 5)), jnp.ones((3, P, 2, 5)))
     prefix = Adaptation(encoder=LayerHooks(kv={"self": kv}), shift=jnp.int32(P))
-    with pytest.raises(UserError, match="PEFT's folder is written for prefixes of decoders"):
+    with pytest.raises(UserError, match="prefixes of decoders; this model has the stacks encoder"):
         prefix_tuning.save_adapter(tmp_path / "adapter", prefix, model)
     with pytest.raises(UserError, match="merged weights are written for decoders; this model is an encoder"):
         merged.save(tmp_path / "merged", model, frozen, Adaptation(), None)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}')
-    with pytest.raises(UserError, match="PEFT's folder is read for prefixes of decoders; this model is an encoder"):
+    with pytest.raises(UserError, match="prefixes of decoders; this model has the stacks encoder"):
         prefix_tuning.load_adapter(tmp_path, model, frozen)
     with pytest.raises(UserError, match="this model has no decoder to adapt; valid: encoder"):
         model.hidden(frozen, Adaptation(LayerHooks(kv={"self": kv})), batch_of(ROWS))
@@ -234,4 +234,4 @@ def test_a_prompt_takes_one_text_a_row(twin):
     model = twin("bert").model
     assert setup.one_text_a_row(METHODS["prompt"](None, length=P), model)
     assert not setup.one_text_a_row(METHODS["prefix"](None, length=P), model)
-    assert nn.taken(setup.abstract_adaptation(METHODS["prefix"](None, length=P), model)) == P
+    assert nn.taken(setup.abstract_adaptation(METHODS["prefix"](None, length=P), model), model) == P

@@ -144,10 +144,30 @@ def test_collate_by_hand():
 def test_a_batch_has_the_fields_of_the_type_it_becomes():
     from prefix_tuning.types import Batch
 
-    fields = [name for name in Batch.__dataclass_fields__ if name != "types"]
+    fields = [name for name in Batch.__dataclass_fields__ if name != "types" and not name.startswith("source")]
     assert list(pipeline.collate([[]], 1, 1)) == fields
     pair = pipeline.Example([3, 4, 5], [0], [1], types=[0, 1, 1])
     assert list(pipeline.collate([[pair]], 3, 1)) == [*fields, "types"]
+    sourced = pipeline.Tokens([3, 4], [5]).after(2)
+    source = [name for name in Batch.__dataclass_fields__ if name.startswith("source")]
+    assert list(pipeline.collate([[sourced]], 3, 1)) == [*fields, *source]
+
+
+def test_collate_of_sources_by_hand():
+    """The decoder reads the start token and the target but for its end; sources are laid out beside, as long as told."""
+    one, two = pipeline.Tokens([7, 8, 9], [5, 1]).after(2), pipeline.Tokens([6], [4, 3, 1]).after(2)
+    batch = pipeline.collate([[one, two], []], 6, 5)
+    assert batch["tokens"].tolist() == [[2, 5, 2, 4, 3], [0] * 5]
+    assert batch["positions"].tolist() == [[0, 1, 0, 1, 2], [0] * 5]
+    assert batch["segments"].tolist() == [[1, 1, 2, 2, 2], [0] * 5]
+    assert batch["target_index"].tolist() == [[0, 1, 2, 3, 4], [0] * 5]
+    assert batch["targets"].tolist() == [[5, 1, 4, 3, 1], [0] * 5]
+    assert batch["mask"].tolist() == [[1.0] * 5, [0.0] * 5]
+    assert batch["source"].tolist() == [[7, 8, 9, 6, 0, 0], [0] * 6]
+    assert batch["source_positions"].tolist() == [[0, 1, 2, 0, 0, 0], [0] * 6]
+    assert batch["source_segments"].tolist() == [[1, 1, 1, 2, 0, 0], [0] * 6]
+    assert (pipeline.longest([one, two]), one.length) == (3, 3)
+    assert pipeline.without(one._replace(source=[7, 20, 8]), 20).source == [7, 8]
 
 
 def test_bucket_shapes_by_hand():

@@ -184,7 +184,7 @@ def test_parameter_counts_are_the_papers(size, length, stored, trained):
         }
         adaptation = setup.abstract_adaptation(method, model)
         assert isinstance(adaptation, Adaptation)
-        assert nn.taken(adaptation) == length
+        assert nn.taken(adaptation, model) == length
 
 
 # --- Options that cannot work
