@@ -154,7 +154,7 @@ def test_a_batch_has_the_fields_of_the_type_it_becomes():
 
 
 def test_collate_of_sources_by_hand():
-    """The decoder reads the start token and the target but for its end; sources are laid out beside, as long as told."""
+    """The decoder reads the start token and the target but for its end; sources are laid out beside."""
     one, two = pipeline.Tokens([7, 8, 9], [5, 1]).after(2), pipeline.Tokens([6], [4, 3, 1]).after(2)
     batch = pipeline.collate([[one, two], []], 6, 5)
     assert batch["tokens"].tolist() == [[2, 5, 2, 4, 3], [0] * 5]
