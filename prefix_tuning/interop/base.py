@@ -1,0 +1,48 @@
+"""Which frozen model an adaptation belongs to: written beside it, and compared before it is used."""
+
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prefix_tuning.errors import UserError
+from prefix_tuning.models import loading
+from prefix_tuning.types import Model, Params
+
+SAMPLE = 256  # numbers of each weight that a fingerprint looks at
+KEY = "base_model"  # what an entry of a file's metadata about the base begins with
+
+
+def fingerprint(model: Model, frozen: Params) -> str | None:
+    """A number, in hexadecimal, of the frozen weights: the same in float32 and bfloat16, None in other precisions.
+
+    It hashes the name and shape of every weight and numbers at even distances in it, rounded to bfloat16; float16 would
+    round them otherwise.  What methods and heads keep beside the weights does not count.
+    """
+    found = hashlib.sha256()
+    for path, leaf in sorted(loading.flatten({name: frozen[name] for name in model.specs if name in frozen}).items()):
+        if leaf.dtype not in (np.float32, jnp.bfloat16):
+            return None
+        picked = np.linspace(0, leaf.size - 1, min(SAMPLE, leaf.size)).astype(np.int64)
+        sample = np.asarray(jax.device_get(leaf.reshape(-1)[picked])).astype(jnp.bfloat16)
+        found.update(f"{'/'.join(path)} {leaf.shape}".encode())
+        found.update(sample.tobytes())
+    return found.hexdigest()[:32]
+
+
+def identity(model: Model, frozen: Params | None) -> dict[str, str]:
+    """What a file's metadata says of the base; without its weights only the family."""
+    own = {f"{KEY}_type": str(model.config["model_type"])}
+    number = None if frozen is None else fingerprint(model, frozen)
+    return own | ({} if number is None else {f"{KEY}_fingerprint": number})
+
+
+def check(metadata: dict[str, Any], model: Model, frozen: Params | None, where: str) -> None:
+    """Raises `UserError` if a file's metadata says that it belongs to another base than this; it may say nothing."""
+    for key, own in identity(model, frozen).items():
+        told = metadata.get(key)
+        if told is not None and told != own:
+            name = key.removeprefix(f"{KEY}_")
+            raise UserError(f"{where} belongs to a base model of {name} {told}; this one has {name} {own}")
