@@ -36,13 +36,15 @@ def load_model(name: str, *, dtype: str = "float32") -> tuple[Model, Params, Any
 
 def load_adapter(folder: str, model: Model, frozen: Params) -> Adaptation:
     """The adaptation in a workdir's adapter/ or any PEFT folder; raises `UserError` if it does not fit the model."""
-    del frozen  # a prefix needs none of it; methods that merge will
-    return peft.load_adapter(folder, model)
+    return peft.load_adapter(folder, model, frozen)
 
 
-def save_adapter(folder: str, adaptation: Adaptation, model: Model) -> None:
-    """Writes an adaptation in PEFT's layout; raises `UserError` for what PEFT cannot express."""
-    peft.save_adapter(folder, adaptation, model, model.config.get("_name_or_path", ""))
+def save_adapter(folder: str, adaptation: Adaptation, model: Model, frozen: Params | None = None) -> None:
+    """Writes an adaptation in PEFT's layout, with the weights' fingerprint if they are given.
+
+    Raises `UserError` for what PEFT cannot express.
+    """
+    peft.save_adapter(folder, adaptation, model, model.config.get("_name_or_path", ""), frozen=frozen)
 
 
 def combine_adapters(

@@ -190,8 +190,8 @@ def damaged(folder, target, tensors=None, **entries):
 
 
 def test_another_method_is_refused(twin, saved, tmp_path):
-    folder = damaged(saved("llama")[1], tmp_path / "lora", peft_type="LORA")
-    with pytest.raises(UserError, match="holds peft_type 'LORA'; expected 'PREFIX_TUNING'"):
+    folder = damaged(saved("llama")[1], tmp_path / "ia3", peft_type="IA3")
+    with pytest.raises(UserError, match="holds peft_type 'IA3'; expected 'PREFIX_TUNING' or 'CARTRIDGE' or"):
         prefix_tuning.load_adapter(folder, twin("llama").model, None)
 
 
@@ -251,7 +251,7 @@ def test_what_peft_cannot_express_is_refused(twin, tmp_path):
     for adaptation, message in (
         (random_prefix(model, 0, shift=False), "one trained with shift=False would differ"),
         (random_prefix(model, 0, rows=2), "PEFT's prefix tuning holds one shared prefix"),
-        (Adaptation(), "PEFT's prefix tuning holds one shared prefix"),
+        (Adaptation(), "one of them and nothing else; this adaptation has none of them"),
     ):
         with pytest.raises(UserError, match=message):
             prefix_tuning.save_adapter(tmp_path / "refused", adaptation, model)

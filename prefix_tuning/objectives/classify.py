@@ -54,7 +54,8 @@ def make(
         return sums.pop("nll"), sums["targets"], sums
 
     def head(key: Array, model: Model) -> Params:
-        return scores.fresh_head(key, model, len(labels))
+        # transformers' own heads have no bias on what a decoder has read.
+        return scores.fresh_head(key, model, len(labels), bias=model.entry == "encoder")
 
     return Objective(loss, head if words is None else None, predict)
 

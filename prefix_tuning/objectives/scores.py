@@ -46,11 +46,12 @@ def pooled(model: Model, params: Params, hidden: Array) -> Array:
     return hidden if model.pool is None else model.pool(params, hidden)
 
 
-def fresh_head(key: Array, model: Model, outputs: int) -> Params:
-    """A linear head [D C], normal with the deviation that the model's own weights were drawn with, biases 0."""
+def fresh_head(key: Array, model: Model, outputs: int, *, bias: bool = True) -> Params:
+    """A linear head [D C], normal with the deviation that the model's own weights were drawn with, biases 0 if any."""
     width = model.sites[model.entry].width
     deviation = model.config.get("initializer_range", 0.02)
-    return {"kernel": deviation * jax.random.normal(key, (width, outputs)), "bias": jnp.zeros(outputs)}
+    kernel = {"kernel": deviation * jax.random.normal(key, (width, outputs))}
+    return kernel | ({"bias": jnp.zeros(outputs)} if bias else {})
 
 
 def check_dropout(dropout: float) -> None:
@@ -68,7 +69,8 @@ def dropped(hidden: Array, dropout: float, key: Array | None) -> Array:
 
 def linear(head: Params, hidden: Array) -> Array:
     """float32 [... C] from hidden states [... D]."""
-    return hidden.astype(jnp.float32) @ head["kernel"] + head["bias"]
+    scores = hidden.astype(jnp.float32) @ head["kernel"]
+    return scores + head["bias"] if "bias" in head else scores
 
 
 def check_labels(labels: Sequence[str]) -> list[str]:
