@@ -235,6 +235,8 @@ class Method(NamedTuple):
     # (key, model, frozen) -> frozen, and beside it what the method computes once and never trains
     prepare: Callable[..., Params] = unchanged
     stored: Callable[..., Params] = whole  # (frozen, trainable) -> what is kept once trained, without its networks
+    # (model, frozen, adaptation) -> the trainable parameters that bind to it; None: a network made it, or it is none
+    adopt: Callable[[Model, Params, Adaptation], Params] | None = None
     template: str = "{prompt}"  # where `{rows:N}` stand for N virtual tokens, "{prompt}" being text.prompt
 
 

@@ -258,9 +258,11 @@ def head_tensors(head: Head, params: Params) -> dict[str, np.ndarray]:
     return {"weight": kernel.T, "bias": bias}
 
 
-def read_head(folder: str | Path, objective: dict[str, Any], model: Model) -> Params:
-    """The head [D C] that lies beside an adapter; raises `UserError` if there is none that fits the objective."""
+def read_head(folder: str | Path, objective: dict[str, Any], model: Model) -> Params | None:
+    """The head [D C] beside an adapter, None without any; raises `UserError` if it does not fit the objective."""
     head, folder = head_of(objective, model), Path(folder)
+    if not any(head_key(key) for key, _ in loading.read(folder / WEIGHTS)):
+        return None
     wanted = [f"{first}{head.module}." for first in (lora.PREFIX, "base_model.")]
     found = {}
     for key, tensor in loading.read(folder / WEIGHTS):
@@ -300,8 +302,8 @@ KNOWN = {
 }
 
 
-def load_adapter(folder: str | Path, model: Model, frozen: Params | None = None) -> Adaptation:
-    """The adaptation in a PEFT folder.
+def load_adapter(folder: str | Path, model: Model, frozen: Params | None = None, *, headed: bool = False) -> Adaptation:
+    """The adaptation in a PEFT folder; `headed` says that the caller also takes the task head, if there is one.
 
     Raises `UserError` if it is another kind's, belongs to another base or does not fit the model, naming the tensor;
     nothing is read before all shapes are known to fit.  Warns of entries of its config that nobody knows, and of a task
@@ -321,7 +323,7 @@ def load_adapter(folder: str | Path, model: Model, frozen: Params | None = None)
     base.check(loading.read_metadata(folder / WEIGHTS), model, frozen, str(folder))
     slices = dict(loading.read(folder / WEIGHTS))
     heads = [key for key in slices if head_key(key)]
-    if heads:
+    if heads and not headed:
         warnings.warn(
             f"{folder / WEIGHTS} also holds a task head, {', '.join(heads)}, which is left there", stacklevel=2
         )
