@@ -31,6 +31,9 @@ class KV:
     mask: Array | None = None  # bool [L P] or [L B P]: which slots exist; None is all
     gate: Array | None = None  # [L K G]: the slots get a softmax of their own, and what they give is multiplied by this
     share: Array | None = None  # [B T], only inside a layer: a `Gate`'s value, which scales scores and values
+    # In the decoder of an encoder-decoder: slots take the first positions and so move those of its tokens, as in PEFT
+    placed: bool = flax.struct.field(pytree_node=False, default=False)
+    bias: Array | None = None  # [K G T P], only inside a layer: what relative positions add to scores of placed slots
 
 
 @flax.struct.dataclass
