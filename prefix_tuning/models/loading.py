@@ -225,6 +225,15 @@ def read(file: str | os.PathLike) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from error
 
 
+def read_metadata(file: str | os.PathLike) -> dict[str, str]:
+    """What a safetensors file says of itself; reads no tensor, and raises `UserError` as `read` does."""
+    try:
+        with safetensors.safe_open(file, framework="numpy") as tensors:
+            return tensors.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a readable safetensors file: {error}") from error
+
+
 def names(spec: Spec) -> list[tuple[str, int | None]]:
     """(name in the file, layer) of each tensor that this weight is stored as."""
     if "{layer}" not in spec.source:
