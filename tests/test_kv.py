@@ -232,6 +232,7 @@ def sites(told, **change):
         (lambda t, m: m.update(first_position="six"), "damaged metadata"),
         (lambda t, m: m.update(first_position="6"), "damaged metadata"),
         (lambda t, m: m.update(first_position="-1"), "damaged metadata"),
+        (lambda t, m: sites(m, shape=[0, 2, 6]), "damaged metadata"),
         (lambda t, m: sites(m, shape=[10**12, 2, 6]), r"\[5, 2, 6\] F32; expected \[1000000000000, 2, 6\]"),
         (lambda t, m: sites(m, layers=[]), "expected no such tensor"),
         (lambda t, m: (t.clear(), sites(m, layers=[], shape=[10**12, 2, 6])), "lacks keys and values"),

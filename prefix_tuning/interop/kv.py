@@ -125,8 +125,8 @@ def described(told: dict[str, str], model: Model, file: Path) -> tuple[dict[str,
             place: (int(own["shape"][0]), set(own["layers"]), bool(own["masked"]))
             for place, own in json.loads(told["sites"]).items()
         }
-        first = int(told["first_position"])
-        if not 0 <= first <= max(slots for slots, _, _ in sites.values()):
+        first, lengths = int(told["first_position"]), [slots for slots, _, _ in sites.values()]
+        if not 0 <= first <= max(lengths) or min(lengths) < 1:
             raise ValueError(first)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} has damaged metadata; expected what 'export --format=kv' writes") from error
