@@ -15,14 +15,14 @@ from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.decode import DecodeConfig, make_generate
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import read_json, read_text, replace, write_json
-from prefix_tuning.interop import merged, peft
+from prefix_tuning.interop import kv, merged, peft
 from prefix_tuning.methods import compose
 from prefix_tuning.models import loading
 from prefix_tuning.record import WORKDIR
 from prefix_tuning.registry import call
 from prefix_tuning.types import Adaptation, Batch, Model, Params
 
-FORMATS = ("peft", "merged")
+FORMATS = ("peft", "kv", "merged")
 SOURCE = ("source", "source_positions", "source_segments")
 
 
@@ -248,6 +248,10 @@ def export_workdir(
         adaptation = combine_adapters([jax.device_get(made) for _, made in bound], how, weights)
     if format == "merged":
         merged.save(output, base.model, params, adaptation, base.tokenizer)
+    elif format == "kv":
+        if new_weights(opened[0][2], bound[0][0]):
+            raise UserError(f"{workdirs[0]} has weights of its own, which have no place beside plain keys and values")
+        kv.save(output, adaptation, base.model, params)
     else:
         if new_weights(opened[0][2], bound[0][0]):
             raise UserError("PEFT's folder holds no fine-tuned weights; valid formats for them: merged")

@@ -226,7 +226,7 @@ def read(file: str | os.PathLike) -> Iterator[tuple[str, Any]]:
 
 
 def read_metadata(file: str | os.PathLike) -> dict[str, str]:
-    """What a safetensors file says of itself."""
+    """What a safetensors file says of itself; reads no tensor, and raises `UserError` as `read` does."""
     try:
         with safetensors.safe_open(file, framework="numpy") as tensors:
             return tensors.metadata() or {}
