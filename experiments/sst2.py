@@ -94,7 +94,7 @@ def train_both(config):
 
     def our_accuracy():
         found = write(*base.method.bind(frozen, state.trainable), run.split.prompts)
-        return evaluate.score(("accuracy",), found, run.split)["accuracy"]
+        return 100 * evaluate.score(("accuracy",), found, run.split)["accuracy"]
 
     # ---- in turn
     seconds = {"PEFT": [], "ours": []}

@@ -15,7 +15,7 @@ from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.decode import DecodeConfig, make_generate
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import read_json, read_text, replace, write_json
-from prefix_tuning.interop import kv, merged, peft
+from prefix_tuning.interop import kv, merged, peft, reading
 from prefix_tuning.methods import compose
 from prefix_tuning.models import loading
 from prefix_tuning.record import WORKDIR
@@ -35,8 +35,11 @@ def load_model(name: str, *, dtype: str = "float32") -> tuple[Model, Params, Any
 
 
 def load_adapter(folder: str, model: Model, frozen: Params) -> Adaptation:
-    """The adaptation in a workdir's adapter/ or any PEFT folder; raises `UserError` if it does not fit the model."""
-    return peft.load_adapter(folder, model, frozen)
+    """The adaptation in a workdir's adapter/, any PEFT folder here or on the hub, or a file of another kind.
+
+    See interop/reading.py for those.  Raises `UserError` if it does not fit the model.
+    """
+    return reading.load_adapter(folder, model, frozen)
 
 
 def save_adapter(folder: str, adaptation: Adaptation, model: Model, frozen: Params | None = None) -> None:
@@ -263,8 +266,8 @@ def import_adapter(config: dict[str, Any], source: str, workdir: str) -> None:
 
     Raises `UserError` for what cannot be read, does not fit the config, or no method can start from.
     """
-    read = functools.partial(peft.load_adapter, source, headed=True)
-    publish.start_from(config, read, functools.partial(peft.read_head, source), workdir)
+    read = functools.partial(reading.load_adapter, source, headed=True)
+    publish.start_from(config, read, functools.partial(reading.read_head, source), workdir)
 
 
 def new_weights(frozen: Params, params: Params) -> bool:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.interop import base
@@ -51,7 +50,7 @@ def save(folder: str | Path, adaptation: Adaptation, model: Model, params: Param
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        safetensors.numpy.save_file(tensors, folder / FILE, metadata | base.identity(model, params))
+        loading.write(folder / FILE, tensors, metadata | base.identity(model, params))
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write the prefix to {folder}: {error}") from error
 
