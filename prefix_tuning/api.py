@@ -246,19 +246,17 @@ def export_workdir(
         others = {other["model"]["name"] for other, *_ in opened}
         if len(others) > 1:
             raise UserError(f"the workdirs adapt different models: {', '.join(sorted(others))}; expected one")
-        if any(new_weights(one[2], made[0]) for one, made in zip(opened, bound, strict=True)):
+        if any(publish.new_weights(one[2], made[0]) for one, made in zip(opened, bound, strict=True)):
             raise UserError("fine-tuned weights cannot be combined; expected adaptations such as prefixes")
         adaptation = combine_adapters([jax.device_get(made) for _, made in bound], how, weights)
     if format == "merged":
         merged.save(output, base.model, params, adaptation, base.tokenizer)
     elif format == "kv":
-        if new_weights(opened[0][2], bound[0][0]):
+        if publish.new_weights(opened[0][2], bound[0][0]):
             raise UserError(f"{workdirs[0]} has weights of its own, which have no place beside plain keys and values")
         kv.save(output, adaptation, base.model, params)
     else:
-        if new_weights(opened[0][2], bound[0][0]):
-            raise UserError("PEFT's folder holds no fine-tuned weights; valid formats for them: merged")
-        publish.save_adapter(output, base, config, opened[0][2], adaptation, params.get("head"))
+        publish.save_adapter(output, base, config, opened[0][2], bound[0][0], adaptation)
 
 
 def import_adapter(config: dict[str, Any], source: str, workdir: str) -> None:
@@ -268,11 +266,3 @@ def import_adapter(config: dict[str, Any], source: str, workdir: str) -> None:
     """
     read = functools.partial(reading.load_adapter, source, headed=True)
     publish.start_from(config, read, functools.partial(reading.read_head, source), workdir)
-
-
-def new_weights(frozen: Params, params: Params) -> bool:
-    """Whether a method's `bind` made weights of its own rather than handing on the frozen ones."""
-    return any(
-        a is not b
-        for a, b in zip(*map(jax.tree.leaves, ({name: params[name] for name in frozen}, frozen)), strict=True)
-    )

@@ -24,14 +24,16 @@ def save_adapter(
     base: setup.Base,
     config: dict[str, Any],
     frozen: Params,
+    params: Params,
     adaptation: Adaptation,
-    head: Params | None = None,
 ) -> None:
     """Writes an adaptation and its task head in PEFT's layout, the tokenizer and the prompt's template beside them.
 
-    Raises `UserError` for what PEFT cannot express.
+    `params` are what the method's `bind` gave beside it.  Raises `UserError` for what PEFT cannot express.
     """
-    section, folder = config["method"], Path(folder)
+    if new_weights(frozen, params):
+        raise UserError("PEFT's folder holds no fine-tuned weights; valid formats for them: merged")
+    section, folder, head = config["method"], Path(folder), params.get("head")
     kind, slots = None, section.get("frozen_slots") or 0
     if section["name"] == "ptuning":
         kind = "P_TUNING"
@@ -39,10 +41,19 @@ def save_adapter(
         kind = "CARTRIDGE"
     beside = None if head is None else (peft.head_of(config["objective"], base.model), head)
     name = config["model"]["name"]
-    peft.save_adapter(folder, adaptation, base.model, name, frozen=frozen, kind=kind, frozen_slots=slots, head=beside)
+    own = jax.device_get(adaptation)
+    peft.save_adapter(folder, own, base.model, name, frozen=frozen, kind=kind, frozen_slots=slots, head=beside)
     text = {name: value for name, value in config["text"].items() if value is not None}
     guarded(folder, lambda: replace(folder / TEMPLATE, json.dumps(text, indent=2, sort_keys=True) + "\n"))
     guarded(folder, lambda: base.tokenizer.save_pretrained(folder))
+
+
+def new_weights(frozen: Params, params: Params) -> bool:
+    """Whether a method's `bind` made weights of its own rather than handing on the frozen ones."""
+    return any(
+        a is not b
+        for a, b in zip(*map(jax.tree.leaves, ({name: params[name] for name in frozen}, frozen)), strict=True)
+    )
 
 
 def start_from(

@@ -89,6 +89,10 @@ def test_what_cannot_be_started_from(tmp_path, capsys):
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "other" / "checkpoints").exists()
+    both = tmp_path / "both"
+    biased = ["method.parts.prefix.length=3", "method.parts.finetune.top_layers=1"]
+    assert call("train", both, "prefix+finetune", *biased) == 0
+    assert "no adapter/ is written: PEFT's folder holds no fine-tuned weights" in capsys.readouterr().err
     lora = tmp_path / "lora"
     assert call("train", lora, "lora") == 0
     for options, message in (
