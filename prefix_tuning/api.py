@@ -16,6 +16,7 @@ from prefix_tuning.decode import DecodeConfig, make_generate
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import read_json, read_text, replace, write_json
 from prefix_tuning.interop import kv, merged, peft, reading
+from prefix_tuning.interop.base import fingerprint
 from prefix_tuning.methods import compose
 from prefix_tuning.models import loading
 from prefix_tuning.record import WORKDIR
@@ -260,9 +261,13 @@ def export_workdir(
 
 
 def import_adapter(config: dict[str, Any], source: str, workdir: str) -> None:
-    """Makes a workdir whose training starts from an adapter made elsewhere, its task head included.
+    """Makes a workdir whose training starts from an adapter made elsewhere, its task head included, or from a workdir.
 
     Raises `UserError` for what cannot be read, does not fit the config, or no method can start from.
     """
-    read = functools.partial(reading.load_adapter, source, headed=True)
-    publish.start_from(config, read, functools.partial(reading.read_head, source), workdir)
+    if (Path(source) / "checkpoints").is_dir():
+        _, other, frozen, trainable, _ = open_workdir(source)
+        begin = functools.partial(publish.continued, jax.device_get(trainable), fingerprint(other.model, frozen))
+    else:
+        begin = functools.partial(publish.adopted, source, config)
+    publish.start_from(config, begin, workdir)
