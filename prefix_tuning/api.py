@@ -237,9 +237,10 @@ def export_workdir(
     opened = [open_workdir(workdir) for workdir in workdirs]
     config, base = opened[0][:2]
     for workdir, one in zip(workdirs, opened, strict=True):
-        if one[1].objective.head is not None and (format != "peft" or len(opened) > 1):
+        if one[1].objective.head is not None and (format == "kv" or len(opened) > 1):
             raise UserError(
-                f"{workdir}: its task head has no place in the format {format!r}, nor in several as one; valid: peft"
+                f"{workdir}: its task head has no place in plain keys and values, nor in several as one; valid formats "
+                "for one with a head: peft, merged"
             )
     bound = [own.method.bind(frozen, trainable) for _, own, frozen, trainable, _ in opened]
     params, adaptation = jax.device_get(bound[0])
@@ -251,7 +252,7 @@ def export_workdir(
             raise UserError("fine-tuned weights cannot be combined; expected adaptations such as prefixes")
         adaptation = combine_adapters([jax.device_get(made) for _, made in bound], how, weights)
     if format == "merged":
-        merged.save(output, base.model, params, adaptation, base.tokenizer)
+        merged.save(output, base.model, params, adaptation, base.tokenizer, config["objective"])
     elif format == "kv":
         if publish.new_weights(opened[0][2], bound[0][0]):
             raise UserError(f"{workdirs[0]} has weights of its own, which have no place beside plain keys and values")

@@ -13,7 +13,6 @@ import prefix_tuning
 from prefix_tuning import heads, models, nn, parallel, setup
 from prefix_tuning.data import pipeline
 from prefix_tuning.errors import UserError
-from prefix_tuning.interop import merged
 from prefix_tuning.methods import METHODS
 from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
@@ -167,8 +166,6 @@ def test_what_an_encoder_refuses(twin, tmp_path):
     prefix = Adaptation(encoder=LayerHooks(kv={"self": kv}), shift=jnp.int32(P))
     with pytest.raises(UserError, match="prefixes of decoders; this model has the stacks encoder"):
         prefix_tuning.save_adapter(tmp_path / "adapter", prefix, model)
-    with pytest.raises(UserError, match="merged weights are written for decoders; this model is an encoder"):
-        merged.save(tmp_path / "merged", model, frozen, Adaptation(), None)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}')
     with pytest.raises(UserError, match="prefixes of decoders; this model has the stacks encoder"):
         prefix_tuning.load_adapter(tmp_path, model, frozen)

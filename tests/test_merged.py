@@ -3,15 +3,19 @@
 import jax
 import numpy as np
 import pytest
+import torch
 import transformers
 from conftest import close, letters, random_prefix, random_rows, reference_logits
 
 import prefix_tuning
+from prefix_tuning import heads
+from prefix_tuning.data import pipeline
 from prefix_tuning.errors import UserError
 from prefix_tuning.interop import merged
 from prefix_tuning.methods import METHODS
+from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.registry import named
-from prefix_tuning.types import Adaptation
+from prefix_tuning.types import Adaptation, Batch
 
 CASES = {
     "lora": {"rank": 2, "alpha": 3.0},
@@ -81,3 +85,45 @@ def test_a_prefix_beside_lora_is_refused_too(twin):
     both = Adaptation(random_prefix(model, 0).decoder.replace(delta=lora.decoder.delta))
     with pytest.raises(UserError, match="can be merged"):
         merged.merge(model, frozen, both)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "method"),
+    [
+        ("bert", "classify", {"name": "finetune"}),
+        ("bert", "tag", {"name": "lora", "rank": 2}),
+        ("roberta", "span", {"name": "finetune", "biases": True}),
+        ("llama", "classify", {"name": "lora", "rank": 2}),
+    ],
+)
+def test_a_head_is_merged_into_transformers_class_for_the_task(twin, tmp_path, family, kind, method):
+    _, _, model, frozen = twin(family)
+    labels = {} if kind == "span" else {"labels": ("no", "yes", "both")}
+    objective = OBJECTIVES[kind](None, **labels)
+    whole = heads.with_head(named("method", METHODS, method, letters), objective.head)
+    leaves, tree = jax.tree.flatten(whole.init(jax.random.key(0), model, frozen))
+    rng = np.random.default_rng(0)
+    moved = jax.tree.unflatten(tree, [x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
+    params, adaptation = whole.bind(frozen, moved)
+    merged.save(tmp_path, model, params, adaptation, None, {"name": kind, **labels})
+    auto = {
+        "classify": transformers.AutoModelForSequenceClassification,
+        "tag": transformers.AutoModelForTokenClassification,
+        "span": transformers.AutoModelForQuestionAnswering,
+    }[kind]
+    reference, report = auto.from_pretrained(tmp_path, pad_token_id=1, output_loading_info=True)
+    assert not report["missing_keys"]
+    row = [5, 7, 3, 9]
+    index = {"classify": [3 if model.writes else 0], "tag": [0, 1, 2, 3], "span": [0, 0]}[kind]
+    example = pipeline.Example(row, index, [0] * len(index), types=[0] + [1] * 3 if kind == "span" else None)
+    batch = Batch(**pipeline.collate([[example]], 4, len(index)))
+    if kind == "span":  # RoBERTa has one type
+        batch = batch.replace(types=np.ones((1, 4), np.int32))
+    found = np.asarray(objective.predict(model, params, adaptation, batch))[0]
+    with torch.no_grad():
+        out = reference.eval()(torch.tensor([row]))
+    wanted = torch.stack([out.start_logits[0], out.end_logits[0]], -1) if kind == "span" else out.logits[0]
+    np.testing.assert_allclose(found, wanted.numpy().reshape(found.shape), atol=1e-4)
+    assert np.std(found) > 0.01
+    if labels:
+        assert list(reference.config.id2label.values()) == list(labels["labels"])

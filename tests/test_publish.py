@@ -12,7 +12,7 @@ import transformers
 from test_tasks import folder  # noqa: F401 (a fixture)
 
 import run
-from prefix_tuning import api, publish
+from prefix_tuning import api, publish, setup
 from prefix_tuning.errors import UserError
 
 SHORT = [
@@ -106,6 +106,26 @@ def test_a_run_starts_from_another_with_its_network(tmp_path):
     begin = functools.partial(publish.continued, trained(first)[0], "another")
     with pytest.raises(UserError, match="the run's base model has fingerprint another; this config's has"):
         publish.start_from(config, begin, tmp_path / "third")
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        ({"name": "ptuning", "length": 3, "network": "mlp", "hidden": 4}, "P_TUNING"),
+        ({"name": "prefix", "length": 3, "init": "text", "text": "name : area", "frozen_slots": 1}, "CARTRIDGE"),
+        ({"name": "prefix", "length": 3}, "PREFIX_TUNING"),
+    ],
+)
+def test_the_folder_says_how_it_was_made(tmp_path, method, kind):
+    config = run.load_config("configs/quickstart.py").to_dict() | {"method": method}
+    base = setup.make_base(config)
+    frozen = setup.load_weights(base, config)
+    bound = base.method.bind(frozen, base.method.init(jax.random.key(0), base.model, frozen))
+    publish.save_adapter(tmp_path, base, config, frozen, *bound)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["peft_type"] == kind
+    assert written["num_virtual_tokens"] == 3
+    assert written.get("num_frozen_tokens") == (1 if kind == "CARTRIDGE" else None)
 
 
 def test_what_cannot_be_started_from(tmp_path, capsys):

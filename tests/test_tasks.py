@@ -477,9 +477,9 @@ def test_a_run_learns_its_task_and_answers_new_rows(folder, by_words, capsys):
     rows = read_lines(workdir / "predictions" / f"test_{summary['steps']}.jsonl")
     assert np.isclose(share, 100 * np.mean([row["prediction"] in row["references"] for row in rows]))
     capsys.readouterr()
-    if not by_words:  # an adapter or a merged model without the head would answer nothing
+    if not by_words:
         assert summary["adapter"] is None
-        for kind, message in (("peft", "holds no fine-tuned weights"), ("merged", "its task head has no place in")):
+        for kind, message in (("peft", "holds no fine-tuned weights"), ("kv", "its task head has no place in")):
             assert run.main(["export", f"--workdir={workdir}", f"--format={kind}", f"--output={folder}/out"]) == 1
             assert message in capsys.readouterr().err
     assert run.main(["eval", f"--workdir={workdir}", "--split=test"]) == 0

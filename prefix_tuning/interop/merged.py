@@ -9,6 +9,7 @@ import numpy as np
 from prefix_tuning import models
 from prefix_tuning.errors import UserError
 from prefix_tuning.files import guarded
+from prefix_tuning.interop import peft
 from prefix_tuning.models import loading
 from prefix_tuning.types import Adaptation, Delta, LayerHooks, Model, Params, Projection
 
@@ -19,8 +20,6 @@ def merge(model: Model, params: Params, adaptation: Adaptation) -> tuple[Model, 
     Low-rank deltas and biases can be merged; raises `UserError` for all else, which is no change of weights.  A family
     whose projections have no bias gets them from its config.json, if that can say so.
     """
-    if not model.writes:
-        raise UserError("merged weights are written for decoders; this model is an encoder")
     only = {stack: getattr(adaptation, stack) for stack in ("decoder", "encoder")}
     mergeable = Adaptation(**{stack: LayerHooks(delta=own.delta, bias=own.bias) for stack, own in only.items()})
     if jax.tree.structure(adaptation) != jax.tree.structure(mergeable):
@@ -75,10 +74,30 @@ def added(kernel: Any, change: np.ndarray, projection: Projection) -> np.ndarray
     return whole.astype(kernel.dtype)
 
 
-def save(folder: str | Path, model: Model, params: Params, adaptation: Adaptation, tokenizer: Any) -> None:
-    """Writes the merged model and its tokenizer as transformers reads them; raises `UserError` for what cannot be."""
+def save(
+    folder: str | Path,
+    model: Model,
+    params: Params,
+    adaptation: Adaptation,
+    tokenizer: Any,
+    objective: dict[str, Any] | None = None,
+) -> None:
+    """Writes the merged model and its tokenizer as transformers reads them.
+
+    With a head in `params`, `objective` is the config section that it was trained for, and what is written is for
+    transformers' class for that task.  Raises `UserError` for what cannot be.
+    """
     model, params = merge(model, params, adaptation)
     dtype = next(name for name, kind in loading.DTYPES.items() if params["embedding"].dtype == kind)
-    guarded(Path(folder), lambda: loading.save_pretrained(folder, model, params, dtype))
+    tensors: dict[str, np.ndarray] = {}
+    if "head" in params:
+        head, labels = peft.head_of(objective, model), objective.get("labels")
+        tensors = {f"{head.module}.{part}": x for part, x in peft.head_tensors(head, params["head"]).items()}
+        # Which of transformers' classes reads it is the reader's choice, who knows the task.
+        config = {key: value for key, value in model.config.items() if key != "architectures"}
+        if labels is not None:
+            config |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        model = model._replace(config=config)
+    guarded(Path(folder), lambda: loading.save_pretrained(folder, model, params, dtype, tensors))
     if tokenizer is not None:
         guarded(Path(folder), lambda: tokenizer.save_pretrained(folder))

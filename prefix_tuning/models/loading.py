@@ -166,8 +166,14 @@ def load_weights(folder: Path, model: Model, dtype: str) -> Params:
     return unflatten(tree)
 
 
-def save_pretrained(folder: str | Path, model: Model, params: Params, dtype: str = "float32") -> None:
-    """Writes config.json and model.safetensors in Hugging Face layout."""
+def save_pretrained(
+    folder: str | Path,
+    model: Model,
+    params: Params,
+    dtype: str = "float32",
+    beside: dict[str, np.ndarray] | None = None,
+) -> None:
+    """Writes config.json and model.safetensors in Hugging Face layout, with further tensors `beside` the model's."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     flat = flatten(params)
@@ -183,6 +189,8 @@ def save_pretrained(folder: str | Path, model: Model, params: Params, dtype: str
             tensor = tensors.setdefault(name, np.empty(stored_shape(spec), whole.dtype))
             rows = own_rows(tensor, spec)
             rows[...] = (matrix.T if spec.transposed else matrix).reshape(rows.shape)
+    for name, tensor in (beside or {}).items():
+        tensors[name] = np.ascontiguousarray(tensor).astype(DTYPES[dtype])
     write(folder / "model.safetensors", tensors, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model.config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
 
