@@ -81,6 +81,24 @@ def export(workdir: str, format: str, output: str, combine: str, weights: str | 
     print(f"written to {output}")
 
 
+def sweep(file: str, flags: list[str], workdir: str) -> None:
+    """Runs what the config's sweep(add) lists and prints the table."""
+    from prefix_tuning import sweep as library
+    from prefix_tuning.errors import UserError
+
+    path, _, arg = file.partition(":")
+    module = load_module(path)
+    if not hasattr(module, "sweep"):
+        raise UserError(f"{path} has no sweep(add), which lists the runs")
+    planned = library.plan(module.sweep, arg, module.get_config)
+
+    def command(one: library.Planned) -> list[str]:
+        config = f"--config={path}" + (f":{one.arg}" if one.arg else "")
+        return [sys.executable, str(ROOT / "run.py"), "train", config, *flags, *one.flags]
+
+    print(library.run_all(planned, command, Path(workdir)))
+
+
 def import_adapter(config: dict[str, Any], input: str, workdir: str) -> None:
     """Makes a workdir that `train` with the same config goes on in, from an adapter made elsewhere."""
     from prefix_tuning import api
@@ -135,6 +153,11 @@ COMMANDS = {
         {"workdir": REQUIRED, "format": "peft", "output": REQUIRED, "combine": "concatenate", "weights": None},
         export,
     ),
+    "sweep": Command(
+        "every run that the config's sweep(add) lists; the same command goes on",
+        {"config": REQUIRED, "workdir": REQUIRED},
+        sweep,
+    ),
     "import": Command(
         "an adapter made elsewhere, as the start of a run with this config",
         {"config": REQUIRED, "input": REQUIRED, "workdir": REQUIRED},
@@ -173,17 +196,30 @@ def parse(arguments: list[str]) -> tuple[Command, dict[str, Any], bool]:
     given = {option: values[option].value for option in command.options if option != "config"}
     if "config" in command.options:
         given["config"] = config and config.to_dict()
-        if command.run is params:
+        if command.run in (params, sweep):
             given["file"] = files[-1] if files else None
-    missing = [f"--{o}" for o, default in command.options.items() if default is REQUIRED and not given[o]]
+        if command.run is sweep:
+            given.pop("config")
+            given["flags"] = [argument for argument in rest if argument.lstrip("-").startswith("config.")]
+    wanted = {o for o, default in command.options.items() if default is REQUIRED}
+    missing = [f"--{o}" for o in command.options if o in wanted and not given.get(o, given.get("file"))]
     if missing:
         raise flags.Error(f"{name} needs {' and '.join(missing)}")
     return command, given, values["debug"].value
 
 
 def load_config(value: str) -> config_dict.ConfigDict:
-    """What get_config(arg) of FILE[:arg] returns; FILE is looked for here, then below this repository."""
+    """What get_config(arg) of FILE[:arg] returns."""
     file, _, arg = value.partition(":")
+    module = load_module(file)
+    try:
+        return module.get_config(arg or None)
+    except Exception as error:
+        raise flags.Error(f"{module.__file__}: {type(error).__name__}: {error}") from error
+
+
+def load_module(file: str) -> Any:
+    """The config file as a module; it is looked for here, then below this repository."""
     path = next((path for path in (Path(file), ROOT / file) if path.is_file()), None)
     if path is None:
         shipped = ", ".join(str(f.relative_to(ROOT)) for f in sorted(ROOT.glob("configs/*.py")) if f.stem != "common")
@@ -192,9 +228,9 @@ def load_config(value: str) -> config_dict.ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config(arg or None)
     except Exception as error:
         raise flags.Error(f"{path}: {type(error).__name__}: {error}") from error
+    return module
 
 
 def usage() -> str:

@@ -10,6 +10,13 @@ src1_valid.txt.  On two x86-64 cores: 6.4 minutes of training, 60.7 BLEU (experi
 from configs import common
 
 
+def sweep(add):
+    """The prefix's length, as in figure 4 of Li & Liang (2021), with two seeds."""
+    for length in (1, 5, 10, 20, 40):
+        for seed in (0, 1):
+            add(f"length={length},seed={seed}", {"method.length": length, "seed": seed})
+
+
 def get_config(arg=None):
     """`quick` trains on 32 pairs and decodes 8 records; `method` as in every config."""
     settings = common.parse(arg)

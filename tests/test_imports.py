@@ -18,7 +18,7 @@ LEVELS = (
     ("setup", "progress"),
     ("evaluate", "accounting", "publish"),
     ("train",),
-    ("api", "compare"),
+    ("api", "compare", "sweep"),
     ("inspection",),
     ("run",),
     ("experiments",),
