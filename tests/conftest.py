@@ -6,12 +6,18 @@ still differ.
 
 import functools
 import os
+import shutil
+import tempfile
 
 # The second flag: tests compile much and compute little.
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# What one test has compiled, no other compiles again: processes share it for a session, and the first takes it away.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="prefix_tuning_tests_")
+os.environ |= {f"JAX_PERSISTENT_CACHE_MIN_{what}": "0" for what in ("COMPILE_TIME_SECS", "ENTRY_SIZE_BYTES")}
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 from pathlib import Path
@@ -147,6 +153,11 @@ def forget_programs():
     """Compiled programs of a finished file are dropped: thousands use up the memory maps that a process may have."""
     yield
     jax.clear_caches()
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 class Twin(NamedTuple):

@@ -291,7 +291,7 @@ def test_dropout_differs_on_every_device_micro_batch_and_step(setting):
     method = METHODS["prefix"](None, length=P, dropout=0.5)
     ones = {"decoder": {"self": {name: jnp.ones((L, P, 2, 6)) for name in ("k", "v")}}}
 
-    def reporting(model, params, adaptation, batch):
+    def reporting(model, params, adaptation, batch, key=None):
         kv = adaptation.decoder.kv["self"]
         drawn = jnp.stack([kv.k, kv.v]).ravel()
         which = jnp.arange(devices * accumulate) == batch.tokens[0, 0]
