@@ -81,6 +81,14 @@ def export(workdir: str, format: str, output: str, combine: str, weights: str | 
     print(f"written to {output}")
 
 
+def import_adapter(config: dict[str, Any], input: str, workdir: str) -> None:
+    """Makes a workdir that `train` with the same config goes on in, from an adapter made elsewhere."""
+    from prefix_tuning import api
+
+    api.import_adapter(config, input, workdir)
+    print(f"{workdir} holds it; 'run.py train' with the same config goes on from there")
+
+
 def params(config: dict[str, Any], file: str, budget: str | None) -> None:
     """Prints what every method trains and stores on a config's model."""
     from configs import common
@@ -126,6 +134,11 @@ COMMANDS = {
         "what was trained, for use elsewhere; several workdirs, with commas between them, as one",
         {"workdir": REQUIRED, "format": "peft", "output": REQUIRED, "combine": "concatenate", "weights": None},
         export,
+    ),
+    "import": Command(
+        "an adapter made elsewhere, as the start of a run with this config",
+        {"config": REQUIRED, "input": REQUIRED, "workdir": REQUIRED},
+        import_adapter,
     ),
     "params": Command(
         "what every method trains and stores, without weights", {"config": REQUIRED, "budget": None}, params

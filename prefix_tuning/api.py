@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_tuning import evaluate, parallel, setup
+from prefix_tuning import evaluate, parallel, publish, setup
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.decode import DecodeConfig, make_generate
 from prefix_tuning.errors import UserError, valid
@@ -233,8 +233,10 @@ def export_workdir(
     opened = [open_workdir(workdir) for workdir in workdirs]
     config, base = opened[0][:2]
     for workdir, one in zip(workdirs, opened, strict=True):
-        if one[1].objective.head is not None:
-            raise UserError(f"{workdir}: its task head has no place in the format {format!r} yet; 'generate' answers")
+        if one[1].objective.head is not None and (format != "peft" or len(opened) > 1):
+            raise UserError(
+                f"{workdir}: its task head has no place in the format {format!r}, nor in several as one; valid: peft"
+            )
     bound = [own.method.bind(frozen, trainable) for _, own, frozen, trainable, _ in opened]
     params, adaptation = jax.device_get(bound[0])
     if len(opened) > 1:
@@ -247,7 +249,18 @@ def export_workdir(
     if format == "merged":
         merged.save(output, base.model, params, adaptation, base.tokenizer)
     else:
-        peft.save_adapter(output, adaptation, base.model, config["model"]["name"])
+        if new_weights(opened[0][2], bound[0][0]):
+            raise UserError("PEFT's folder holds no fine-tuned weights; valid formats for them: merged")
+        publish.save_adapter(output, base, config, opened[0][2], adaptation, params.get("head"))
+
+
+def import_adapter(config: dict[str, Any], source: str, workdir: str) -> None:
+    """Makes a workdir whose training starts from an adapter made elsewhere, its task head included.
+
+    Raises `UserError` for what cannot be read, does not fit the config, or no method can start from.
+    """
+    read = functools.partial(peft.load_adapter, source, headed=True)
+    publish.start_from(config, read, functools.partial(peft.read_head, source), workdir)
 
 
 def new_weights(frozen: Params, params: Params) -> bool:

@@ -22,4 +22,4 @@ def with_head(method: Method, head: Callable[[Array, Model], Params]) -> Method:
     def stored(frozen: Params, trainable: Params) -> Params:
         return {"method": method.stored(frozen, trainable["method"]), "head": trainable["head"]}
 
-    return method._replace(init=init_fn, bind=bind, stored=stored)
+    return method._replace(init=init_fn, bind=bind, stored=stored, adopt=None)  # an adaptation has no head

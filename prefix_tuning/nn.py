@@ -265,6 +265,8 @@ def slot_scores(q: Array, prefix: KV, how: Attention) -> Array:
     if prefix.share is not None:
         scores = scores * prefix.share[:, None, None, :, None]
     scores = capped(scores, how.softcap)
+    if prefix.bias is not None:
+        scores = scores + prefix.bias
     if prefix.mask is None:
         return scores
     mask = prefix.mask if prefix.mask.ndim == 1 else prefix.mask[:, None, None, None]
@@ -416,8 +418,10 @@ def check_stack(stack: str, hooks: LayerHooks, sites: Sites, rows: int) -> None:
         where = f"{stack}/{site}"
         fits(f"prefix k at {where}", kv.k, (L, "P", *heads), (L, rows, "P", *heads))
         fits(f"prefix v at {where}", kv.v, kv.k.shape)
-        if kv.share is not None:
-            raise UserError(f"prefix share at {where} is made inside a layer; expected None, and a gate for kv")
+        if kv.share is not None or kv.bias is not None:
+            raise UserError(f"prefix share and bias at {where} are made inside a layer; expected None")
+        if kv.placed and (site != "self" or "cross" not in sites.kv):
+            raise UserError(f"placed slots at {where}: they are for an encoder-decoder's decoder/self only")
         if kv.mask is not None:
             P = kv.k.shape[-3]
             fits(f"prefix mask at {where}", kv.mask, (L, P), (L, rows, P))

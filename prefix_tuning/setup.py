@@ -59,6 +59,7 @@ class Base(NamedTuple):
     folder: Path
     tokenizer: Any
     method: Method  # with the objective's head, if it has one
+    bare: Method  # without
     objective: Objective
     task: tasks.Task | None  # None: answers are generated
     text: dict[str, Any]  # how examples are tokenised, the method's template filled in
@@ -120,6 +121,7 @@ def make_base(config: dict[str, Any]) -> Base:
             "objective 'choice' reads several texts in a row, and an encoder's prompt belongs to one; "
             "valid: method.name='ptuning' with a template, or a prefix"
         )
+    bare = method
     if objective.head is not None:
         method = with_head(method, objective.head)
     return Base(
@@ -127,6 +129,7 @@ def make_base(config: dict[str, Any]) -> Base:
         folder=folder,
         tokenizer=tokenizer,
         method=method,
+        bare=bare,
         objective=objective,
         task=task,
         text=make_text(config["text"], method, model),

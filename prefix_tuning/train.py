@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from prefix_tuning import evaluate, parallel, setup
+from prefix_tuning import evaluate, parallel, publish, setup
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.data.pipeline import without
 from prefix_tuning.data.tasks import Encoded
 from prefix_tuning.errors import UserError
 from prefix_tuning.files import read_json, read_lines, write_json
-from prefix_tuning.interop import peft
 from prefix_tuning.progress import Interrupted, Meter, Stop, say, share, shown
 from prefix_tuning.record import WORKDIR, Record, check_config
 from prefix_tuning.train_step import make_eval_step, make_train_step
@@ -195,12 +194,9 @@ def plain(prompts: list[list[int]] | Encoded, base: setup.Base) -> list[list[int
 
 def export_adapter(base: setup.Base, config: dict[str, Any], frozen: Any, trainable: Any, folder: Path) -> str | None:
     """Writes the adaptation in PEFT's format; None, saying why, for one that PEFT cannot express."""
-    if base.objective.head is not None:
-        say("no adapter/ is written: the task head has no place in it yet; the checkpoints hold both")
-        return None
-    _, adaptation = jax.device_get(base.method.bind(frozen, trainable))
+    params, adaptation = jax.device_get(base.method.bind(frozen, trainable))
     try:
-        peft.save_adapter(folder, adaptation, base.model, config["model"]["name"])
+        publish.save_adapter(folder, base, config, frozen, adaptation, params.get("head"))
     except UserError as error:
         say(f"no adapter/ is written: {error}")
         return None

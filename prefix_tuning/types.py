@@ -31,6 +31,9 @@ class KV:
     mask: Array | None = None  # bool [L P] or [L B P]: which slots exist; None is all
     gate: Array | None = None  # [L K G]: the slots get a softmax of their own, and what they give is multiplied by this
     share: Array | None = None  # [B T], only inside a layer: a `Gate`'s value, which scales scores and values
+    # In the decoder of an encoder-decoder: slots take the first positions and so move those of its tokens, as in PEFT
+    placed: bool = flax.struct.field(pytree_node=False, default=False)
+    bias: Array | None = None  # [K G T P], only inside a layer: what relative positions add to scores of placed slots
 
 
 @flax.struct.dataclass
@@ -235,6 +238,8 @@ class Method(NamedTuple):
     # (key, model, frozen) -> frozen, and beside it what the method computes once and never trains
     prepare: Callable[..., Params] = unchanged
     stored: Callable[..., Params] = whole  # (frozen, trainable) -> what is kept once trained, without its networks
+    # (model, frozen, adaptation) -> the trainable parameters that bind to it; None: a network made it, or it is none
+    adopt: Callable[[Model, Params, Adaptation], Params] | None = None
     template: str = "{prompt}"  # where `{rows:N}` stand for N virtual tokens, "{prompt}" being text.prompt
 
 

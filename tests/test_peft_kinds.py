@@ -192,6 +192,55 @@ def test_prompts_are_pefts(twin, tmp_path, family):
         close(ours(model, frozen, adaptation), theirs(made, model, 3))
 
 
+# --- Encoder-decoders
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("bart", {"encoder_layers": 2, "decoder_layers": 2, "decoder_attention_heads": 2}),
+        ("bart", {"decoder_attention_heads": 2}),
+        ("t5", {"num_layers": 4, "num_decoder_layers": 4}),
+        ("t5", {}),
+    ],
+)
+def test_prefixes_of_encoder_decoders_are_read_as_peft_computes_with_them(twin, tmp_path, family, options):
+    """With layers tied, positions moved, and entries that nothing reads."""
+    _, _, model, frozen = twin(family, **options)
+    heads, size = model.sites["decoder"].kv["self"]
+    torch.manual_seed(0)
+    config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, token_dim=heads * size)
+    made = peft.get_peft_model(random_reference(family, **options), config).eval()
+    made.save_pretrained(tmp_path)
+    adaptation = prefix_tuning.load_adapter(tmp_path, model, frozen)
+    found = theirs(made, model)
+    close(ours(model, frozen, adaptation), found)
+    assert np.abs(found[0] - ours(model, frozen, Adaptation())[0]).max() > 0.01
+    unread = set(range(2 * model.sites["encoder"].layers)) - {i for own in folders.tied(model) for i in own}
+    assert bool(unread) == (model.sites["encoder"].layers != 3 or model.sites["decoder"].layers != 3)
+    prefix_tuning.save_adapter(tmp_path / "again", adaptation, model)
+    same(prefix_tuning.load_adapter(tmp_path / "again", model, frozen), adaptation)
+    rows = prefix_tuning.generate(model, frozen, adaptation, ROWS[:3], max_new_tokens=5, end_tokens=(), num_beams=2)
+    with torch.no_grad():
+        for row, new in zip(ROWS[:3], rows, strict=True):
+            made.base_model.generation_config.forced_eos_token_id = None
+            out = made.generate(
+                input_ids=torch.tensor([row]),
+                attention_mask=torch.ones(1, len(row), dtype=torch.long),
+                max_new_tokens=5,
+                min_new_tokens=5,
+                num_beams=2,
+                do_sample=False,
+                eos_token_id=-1,
+            )
+            assert out[0, 1:].tolist() == new
+    changed = adaptation.decoder.kv["self"]
+    if len(set(folders.tied(model))) < len(folders.tied(model)):  # two layers share their entries
+        changed = changed.replace(k=changed.k.at[0].add(1.0))
+        with pytest.raises(UserError, match="with layers tied and positions moved, and so cannot hold this one"):
+            prefix_tuning.save_adapter(tmp_path / "no", Adaptation(LayerHooks(kv={"self": changed})), model)
+
+
 # --- Cartridges, and prefixes that an MLP made
 
 

@@ -150,10 +150,7 @@ def sizes(model: Model, slots: int, heads: int, width: int) -> dict[str, Any]:
 def write_prefix(adaptation: Adaptation, model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """[P, L*2*K*H] with keys before values in each layer."""
     if model.is_encoder_decoder:
-        raise UserError(
-            "PEFT gives an encoder-decoder one prefix, in the decoder's own attention, with layers tied and positions "
-            "moved, and so cannot hold this one; valid formats for it: kv"
-        )
+        return write_tied(adaptation, model)
     kv = (getattr(adaptation, model.entry).kv or {}).get("self")
     if kv is None or kv.k.ndim != 4:
         raise UserError("PEFT's prefix tuning holds one shared prefix of keys and values; this adaptation has none")
@@ -177,7 +174,7 @@ def read_prefix(
 ) -> Adaptation:
     """The inverse of `write_prefix`."""
     if model.is_encoder_decoder:
-        raise UserError(f"{where}: prefixes of encoder-decoders are read from the format kv; PEFT's ties their layers")
+        return read_tied(config, shapes, read, model, where)
     sites = model.sites[model.entry]
     shape = (sites.layers, 2, *sites.kv["self"])
     said = f"for this model's {shape[0]} layers of 2 x {shape[2]} heads x {shape[3]}"
@@ -185,6 +182,51 @@ def read_prefix(
     k, v = jnp.asarray(table.reshape(len(table), *shape).transpose(2, 1, 0, 3, 4))
     hooks = LayerHooks(kv={"self": KV(k, v)})
     return Adaptation(**{model.entry: hooks}, shift=jnp.int32(len(table)))
+
+
+def tied(model: Model) -> list[tuple[int, int]]:
+    """Which of PEFT's 2 L entries the decoder's own attention reads as keys and values of each layer.
+
+    PEFT repeats the entries, deals them out by fours, and throws the last two of each away; L is the encoder's depth.
+    """
+    entries = 2 * model.sites["encoder"].layers
+    return [(4 * i % entries, (4 * i + 1) % entries) for i in range(model.sites["decoder"].layers)]
+
+
+def read_tied(
+    config: dict[str, Any], shapes: dict[str, list[int]], read: Callable, model: Model, where: str
+) -> Adaptation:
+    """The prefix of an encoder-decoder as PEFT computes with it: in the decoder's own attention, layers tied."""
+    entries, depth = 2 * model.sites["encoder"].layers, model.sites["decoder"].layers
+    if depth > entries // 2:
+        raise UserError(f"{where}: PEFT has slots for {entries // 2} layers, fewer than the decoder's {depth}")
+    heads, size = model.sites["decoder"].kv["self"]
+    said = f"for this model's {entries // 2} layers of 2 x {heads} heads x {size}"
+    table = read_table(config, shapes, read, entries * heads * size, said, where)
+    table = table.reshape(len(table), entries, heads, size).transpose(1, 0, 2, 3)
+    k, v = (jnp.asarray(table[np.array(own)]) for own in zip(*tied(model), strict=True))
+    return Adaptation(decoder=LayerHooks(kv={"self": KV(k, v, placed=True)}))
+
+
+def write_tied(adaptation: Adaptation, model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The inverse of `read_tied`; entries that no layer reads are zeros."""
+    kv = (adaptation.decoder.kv or {}).get("self")
+    alone = kv and Adaptation(decoder=LayerHooks(kv={"self": KV(kv.k, kv.v, placed=True)}))
+    entries, (heads, size) = 2 * model.sites["encoder"].layers, model.sites["decoder"].kv["self"]
+    fits = alone and jax.tree.structure(alone) == jax.tree.structure(adaptation) and kv.k.ndim == 4
+    table: dict[int, np.ndarray] = {}
+    for layer, places in enumerate(tied(model) if fits else ()):
+        for entry, x in zip(places, (kv.k, kv.v), strict=True):
+            own = np.asarray(x[layer], np.float32)
+            fits &= bool(np.array_equal(table.setdefault(entry, own), own))
+    if not fits:
+        raise UserError(
+            "PEFT gives an encoder-decoder one prefix, in the decoder's own attention, with layers tied and positions "
+            "moved, and so cannot hold this one; valid formats for it: kv"
+        )
+    slots = kv.k.shape[1]
+    whole = np.stack([table.get(i, np.zeros((slots, heads, size), np.float32)) for i in range(entries)], axis=1)
+    return sizes(model, slots, heads, heads * size), {KEY: whole.reshape(slots, -1)}
 
 
 # --- Prompts
@@ -258,9 +300,11 @@ def head_tensors(head: Head, params: Params) -> dict[str, np.ndarray]:
     return {"weight": kernel.T, "bias": bias}
 
 
-def read_head(folder: str | Path, objective: dict[str, Any], model: Model) -> Params:
-    """The head [D C] that lies beside an adapter; raises `UserError` if there is none that fits the objective."""
+def read_head(folder: str | Path, objective: dict[str, Any], model: Model) -> Params | None:
+    """The head [D C] beside an adapter, None without any; raises `UserError` if it does not fit the objective."""
     head, folder = head_of(objective, model), Path(folder)
+    if not any(head_key(key) for key, _ in loading.read(folder / WEIGHTS)):
+        return None
     wanted = [f"{first}{head.module}." for first in (lora.PREFIX, "base_model.")]
     found = {}
     for key, tensor in loading.read(folder / WEIGHTS):
@@ -300,8 +344,8 @@ KNOWN = {
 }
 
 
-def load_adapter(folder: str | Path, model: Model, frozen: Params | None = None) -> Adaptation:
-    """The adaptation in a PEFT folder.
+def load_adapter(folder: str | Path, model: Model, frozen: Params | None = None, *, headed: bool = False) -> Adaptation:
+    """The adaptation in a PEFT folder; `headed` says that the caller also takes the task head, if there is one.
 
     Raises `UserError` if it is another kind's, belongs to another base or does not fit the model, naming the tensor;
     nothing is read before all shapes are known to fit.  Warns of entries of its config that nobody knows, and of a task
@@ -321,7 +365,7 @@ def load_adapter(folder: str | Path, model: Model, frozen: Params | None = None)
     base.check(loading.read_metadata(folder / WEIGHTS), model, frozen, str(folder))
     slices = dict(loading.read(folder / WEIGHTS))
     heads = [key for key in slices if head_key(key)]
-    if heads:
+    if heads and not headed:
         warnings.warn(
             f"{folder / WEIGHTS} also holds a task head, {', '.join(heads)}, which is left there", stacklevel=2
         )

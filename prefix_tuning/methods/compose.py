@@ -133,6 +133,8 @@ def concatenate(one: KV, other: KV) -> KV:
     """The slots of both; raises `UserError` if only one has a gate, or their gates differ in kind."""
     if one.gate is not None or other.gate is not None:
         raise UserError("a prefix with gates has a softmax of its own and cannot be concatenated with another")
+    if one.placed or other.placed:
+        raise UserError("a prefix that takes the decoder's first positions cannot be concatenated with another")
     masks = [jnp.ones(kv.k.shape[:-2], bool) if kv.mask is None else kv.mask for kv in (one, other)]
     plain = one.mask is None and other.mask is None
     return KV(

@@ -70,7 +70,26 @@ def make(
             hooks[stack] = LayerHooks(delta=delta)
         return frozen, Adaptation(**hooks)
 
-    return Method(init_fn, bind)
+    def adopt(model: Model, frozen: Params, adaptation: Adaptation) -> Params:
+        del frozen
+        found = {stack: getattr(adaptation, stack).delta or {} for stack in model.sites}
+        rows.only(adaptation, **{stack: LayerHooks(delta=own) for stack, own in found.items() if own})
+        given = {(stack, site): delta for stack, own in found.items() for site, delta in own.items()}
+        wanted = targets(model, target_modules)
+        if set(given) != set(wanted):
+            names, known = (", ".join(sorted(f"{k}/{v}" for k, v in own)) for own in (given, wanted))
+            raise UserError(f"method.target_modules stands for {known}, but the adaptation changes {names}")
+        tree: Params = {}
+        for (stack, site), delta in given.items():
+            if delta.a.shape[-1] != rank or not math.isclose(delta.scale, scale, rel_tol=1e-6):
+                raise UserError(
+                    f"method.rank={rank} with scale {scale:g} cannot start from rank {delta.a.shape[-1]} with scale "
+                    f"{delta.scale:g} at {stack}/{site}"
+                )
+            tree.setdefault(stack, {})[site] = {"a": jnp.array(delta.a), "b": jnp.array(delta.b)}
+        return tree
+
+    return Method(init_fn, bind, adopt=adopt)
 
 
 def targets(model: Model, patterns: Sequence[str]) -> list[tuple[str, str]]:

@@ -186,7 +186,32 @@ def make(
         moves = (not gates and "encoder_layers" not in frozen) if shift is None else shift
         return frozen, Adaptation(**hooks, shift=jnp.int32(length) if moves else None)
 
-    return Method(init_fn, bind, prepare, slots)
+    def adopt(model: Model, frozen: Params, adaptation: Adaptation) -> Params:
+        del frozen
+        tree: Params = {}
+        for stack, own in places(model).items():
+            found = getattr(adaptation, stack).kv or {}
+            if set(found) != set(own):
+                raise UserError(
+                    f"the adaptation has slots at {', '.join(found) or 'none'} of the {stack}, not {', '.join(own)}"
+                )
+            for site, kv in found.items():
+                wanted = (model.sites[stack].layers, length, *model.sites[stack].kv[site])
+                if kv.k.shape != wanted:
+                    raise UserError(
+                        f"method.length={length} cannot start from slots of shape {kv.k.shape} at {stack}/{site}; "
+                        f"expected {wanted}"
+                    )
+                tree.setdefault(stack, {})[site] = {
+                    "k": jnp.array(kv.k, jnp.float32),
+                    "v": jnp.array(kv.v, jnp.float32),
+                }
+        _, bound = bind({}, tree) if not model.is_encoder_decoder else bind({"encoder_layers": {}}, tree)
+        rows.only(adaptation, decoder=bound.decoder, encoder=bound.encoder, shift=bound.shift)
+        return tree
+
+    plain = reparametrisation is None and layers is None and not frozen_slots and not gates
+    return Method(init_fn, bind, prepare, slots, adopt=adopt if plain else None)
 
 
 def split(table: Array) -> dict[str, Array]:

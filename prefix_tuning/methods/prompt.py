@@ -87,4 +87,12 @@ def make(
         del key  # nothing is drawn
         return frozen, Adaptation(prompt=stored(frozen, trainable)["rows"], shift=jnp.int32(length))
 
-    return Method(init_fn, bind, stored=stored)
+    def adopt(model: Model, frozen: Params, adaptation: Adaptation) -> Params:
+        del model, frozen
+        rows.only(adaptation, prompt=adaptation.prompt, shift=adaptation.shift)
+        if adaptation.prompt is None or adaptation.prompt.shape[0] != length or adaptation.prompt.ndim != 2:
+            told = None if adaptation.prompt is None else adaptation.prompt.shape
+            raise UserError(f"method.length={length} cannot start from a prompt of shape {told}; expected [{length} D]")
+        return {"rows": jnp.array(adaptation.prompt, jnp.float32)}
+
+    return Method(init_fn, bind, stored=stored, adopt=None if reparametrisation else adopt)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.types import KV, Model, Params
+from prefix_tuning.types import KV, Adaptation, Model, Params
 
 Tree = dict[str, dict[str, Any]]  # stack -> site -> ...
 
@@ -72,6 +72,14 @@ def dropped(key: Array | None, dropout: float, k: Array, v: Array) -> tuple[Arra
         return k, v
     keep = jax.random.bernoulli(key, 1 - dropout, (2, *k.shape)) / (1 - dropout)
     return k * keep[0], v * keep[1]
+
+
+def only(adaptation: Adaptation, **own: Any) -> None:
+    """Raises `UserError` if an adaptation is more than the fields that a method is about to take from it."""
+    if jax.tree.structure(adaptation) != jax.tree.structure(Adaptation(**own)):
+        raise UserError(
+            "the adaptation holds more than, or other than, what this method trains; expected the same method"
+        )
 
 
 def as_long_as(length: int | None, ids: list[int] | None) -> int:

@@ -1,5 +1,6 @@
 """What every encoder-decoder shares: a stack that reads the source, and one that writes with cross attention to it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,6 +76,12 @@ def build(
         states, kept = reader.read(params, adaptation.encoder, text, keep, bias(params, "encoder", places, places))
         return states, text.segments, kept
 
+    def placed_at(params: Params, kv: KV, queries: Array) -> KV:
+        """Slots with what relative positions add to their scores, if they have positions: the first ones."""
+        if not kv.placed:
+            return kv
+        return kv.replace(bias=bias(params, "decoder", queries, jnp.arange(kv.k.shape[-3])))
+
     def offered(weights: Params, hooks: LayerHooks, states: Array) -> KV:
         """The keys and values of one layer's cross attention; gates of their changes are of what they are made of."""
         return KV(*writing.cross_keys(weights, nn.open_gates(hooks, states), states))
@@ -87,9 +94,12 @@ def build(
         source: Source,
         store: Callable,
         added: Array | None,
+        place: Callable[[KV], KV],
     ) -> tuple[Array, dict[str, tuple]]:
         """One layer: x after it, and by site the queries, keys and values, hooks and mask of its attention."""
         hooks = nn.open_gates(hooks, x)
+        if "self" in (hooks.kv or {}):
+            hooks = hooks.replace(kv=hooks.kv | {"self": place(hooks.kv["self"])})
         q, k, v = writing.queries(weights, hooks, x)
         own = KV(*store(k, v))
         attended = nn.attend_hooked(q, own.k, own.v, mask, hooks, "self", how=how, bias=added)
@@ -109,16 +119,17 @@ def build(
         states, segments, kept_read = read(params, adaptation, *source, keep_read)
         visible = nn.source_mask(batch.segments, segments)
         causal = nn.causal_mask(batch.segments)
-        places = jnp.arange(batch.tokens.shape[1])
+        places, moved = jnp.arange(batch.tokens.shape[1]), before(adaptation)
         added = bias(params, "decoder", places, places)
+        place = functools.partial(placed_at, params, queries=moved + places)
 
         def body(x, inputs):
             weights, hooks = inputs
             heard = Source(offered(weights, hooks, states), visible)
-            x, seen = one(weights, hooks, x, causal, heard, decoder.as_they_are, added)
+            x, seen = one(weights, hooks, x, causal, heard, decoder.as_they_are, added, place)
             return x, keep(seen)
 
-        x = writing.place(params, reading.embed(params, batch.tokens), batch.positions)
+        x = writing.place(params, reading.embed(params, batch.tokens), batch.positions + moved)
         x, kept = over_layers(body, x, (params["layers"], adaptation.decoder))
         return writing.norm(params, x), kept, kept_read
 
@@ -152,7 +163,8 @@ def build(
         sources = cache.source[:, None]
         visible = jnp.broadcast_to(sources, (len(sources), len(tokens) // len(sources), sources.shape[2]))
         # All rows write to the same slot, and each has started at the first: places are slots.
-        added = bias(params, "decoder", cache.slot[None], jnp.arange(valid.shape[1]))
+        added, moved = bias(params, "decoder", cache.slot[None], jnp.arange(valid.shape[1])), before(adaptation)
+        place = functools.partial(placed_at, params, queries=moved + cache.slot[None])
 
         def body(carry, inputs):
             x, keys, values = carry
@@ -164,10 +176,10 @@ def build(
                 values = decoder.written(values, v, number, cache.slot)
                 return keys[number], values[number]
 
-            x, _ = one(weights, hooks, x, valid[:, None], Source(cross, visible), store, added)
+            x, _ = one(weights, hooks, x, valid[:, None], Source(cross, visible), store, added, place)
             return (x, keys, values), None
 
-        x = writing.place(params, reading.embed(params, tokens[:, None]), cache.position[:, None])
+        x = writing.place(params, reading.embed(params, tokens[:, None]), moved + cache.position[:, None])
         inputs = (jnp.arange(sites["decoder"].layers), params["layers"], adaptation.decoder, cache.cross)
         (x, k, v), _ = over_layers(body, (x, cache.k, cache.v), inputs)
         logits = writing.unembed(params, writing.norm(params, x)[:, 0])
@@ -256,6 +268,12 @@ def cross_queries(layer: Params, hooks: LayerHooks, x: Array) -> Array:
 def cross_keys(layer: Params, hooks: LayerHooks, states: Array) -> tuple[Array, Array]:
     """The keys and values [B S K H] of cross attention from states [B S D]."""
     return tuple(nn.project(states, layer[name], hooks, name) for name in ("cross_k", "cross_v"))
+
+
+def before(adaptation: Adaptation) -> int:
+    """How many positions of the decoder are slots'."""
+    kv = (adaptation.decoder.kv or {}).get("self")
+    return kv.k.shape[-3] if kv is not None and kv.placed else 0
 
 
 def beside(q: Array, source: Source) -> Array:

@@ -1,0 +1,130 @@
+"""What a run hands on, and runs that start from it: the same numbers, the head included, and training that goes on."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import transformers
+from test_tasks import folder  # noqa: F401 (a fixture)
+
+import run
+from prefix_tuning import api
+
+SHORT = [
+    "optimizer.warmup_steps=0",
+    "train.epochs=1",
+    "train.examples=64",
+    "evaluation.metrics=()",
+    "evaluation.examples=8",
+]
+METHODS = {
+    "prefix": ["method.length=3"],
+    "prompt": ["method.length=3"],
+    "lora": ["method.rank=2", "method.target_modules=('q','down')"],
+}
+
+
+def call(command, workdir, method, *options, **flags):
+    named = dict(option.split("=", 1) for option in (*SHORT, *METHODS.get(method, ()), *options))
+    given = [f"--config.{name}={value}" for name, value in named.items()]
+    flags = [f"--{name}={value}" for name, value in flags.items()]
+    return run.main(
+        [command, f"--config=configs/quickstart.py:method={method}", *given, *flags, f"--workdir={workdir}"]
+    )
+
+
+def trained(workdir):
+    *_, trainable, step = api.open_workdir(str(workdir))
+    return jax.device_get(trainable), step
+
+
+def same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_starts_from_what_another_published(tmp_path, capsys, method):
+    """Bit for bit, through the folder that PEFT reads, which also holds the tokenizer, the template and a card."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert call("train", first, method) == 0
+    adapter = first / "adapter"
+    card = (adapter / "README.md").read_text()
+    assert "base_model: configs/quickstart_assets/model" in card
+    template = json.loads((adapter / "prompt_template.json").read_text())
+    assert (template["prompt"], template["completion"]) == ("{source}\n", "{target}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
+    assert tokenizer.decode(tokenizer("name : a")["input_ids"]).strip() == "name : a"
+    assert call("import", second, method, input=adapter) == 0
+    (before, _), (after, step) = trained(first), trained(second)
+    assert step == 0
+    same(before, after)
+    assert call("train", second, method) == 0
+    lines = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
+    fresh = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
+    losses = [next(line["train/loss"] for line in own if "train/loss" in line) for own in (fresh, lines)]
+    assert losses[1] < losses[0]
+    capsys.readouterr()
+    assert call("import", second, method, input=adapter) == 1
+    assert "has checkpoints already; expected a new workdir" in capsys.readouterr().err
+
+
+def test_what_cannot_be_started_from(tmp_path, capsys):
+    first = tmp_path / "first"
+    assert call("train", first, "prefix") == 0
+    adapter = first / "adapter"
+    for method, options, message in (
+        ("infix", [], "method 'infix' cannot start from an adaptation: what made it"),
+        ("ptuning", [], "method 'ptuning' cannot start from an adaptation"),
+        ("prefix", ["method.length=4"], "method.length=4 cannot start from slots of shape"),
+        ("prefix", ["method.shift=False"], "the adaptation holds more than, or other than, what this method trains"),
+        ("prompt", [], "the adaptation holds more than, or other than, what this method trains"),
+        ("lora", [], "the adaptation holds more than, or other than, what this method trains"),
+    ):
+        capsys.readouterr()
+        assert call("import", tmp_path / "other", method, *options, input=adapter) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "other" / "checkpoints").exists()
+    lora = tmp_path / "lora"
+    assert call("train", lora, "lora") == 0
+    for options, message in (
+        (["method.rank=3"], "method.rank=3 with scale"),
+        (["method.alpha=5.0"], "cannot start from rank 2 with scale"),
+        (["method.target_modules=('q',)"], "method.target_modules stands for decoder/q, but the adaptation changes"),
+    ):
+        capsys.readouterr()
+        assert call("import", tmp_path / "other", "lora", *options, input=lora / "adapter") == 1
+        assert message in capsys.readouterr().err
+    assert call("import", tmp_path / "other", "prefix", input=tmp_path) == 1
+    assert "has no adapter_config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["classify"], indirect=True)
+def test_a_task_head_goes_with_its_prefix(folder, capsys):  # noqa: F811
+    """Written under PEFT's names, and read into a new run; without it the new run has a fresh one."""
+    config, short = f"--config={folder}/config.py", ["--config.train.epochs=1"]
+    first, second, third = (folder / name for name in ("first", "second", "third"))
+    assert run.main(["train", config, *short, f"--workdir={first}"]) == 0
+    adapter = json.loads((first / "summary.json").read_text())["adapter"]
+    assert json.loads((first / "adapter" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    assert run.main(["import", config, *short, f"--input={adapter}", f"--workdir={second}"]) == 0
+    same(trained(first)[0], trained(second)[0])
+    assert run.main(["export", f"--workdir={first}", f"--output={folder}/out"]) == 0
+    for file in ("adapter_config.json", "prompt_template.json"):
+        assert (folder / "out" / file).read_bytes() == (first / "adapter" / file).read_bytes()
+    bare = shutil.copytree(first / "adapter", folder / "bare")
+    import safetensors.numpy
+
+    tensors = safetensors.numpy.load_file(bare / "adapter_model.safetensors")
+    kept = {key: x for key, x in tensors.items() if "classifier" not in key}
+    assert len(kept) == len(tensors) - 2
+    safetensors.numpy.save_file(kept, bare / "adapter_model.safetensors")
+    assert run.main(["import", config, *short, f"--input={bare}", f"--workdir={third}"]) == 0
+    fresh = trained(third)[0]
+    same(fresh["method"], trained(first)[0]["method"])
+    assert not fresh["head"]["bias"].any()
+    assert run.main(["train", config, *short, f"--workdir={third}"]) == 0
