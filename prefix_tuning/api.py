@@ -15,14 +15,14 @@ from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.decode import DecodeConfig, make_generate
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import read_json, read_text, replace, write_json
-from prefix_tuning.interop import merged, peft
+from prefix_tuning.interop import kv, merged, peft, reading
 from prefix_tuning.methods import compose
 from prefix_tuning.models import loading
 from prefix_tuning.record import WORKDIR
 from prefix_tuning.registry import call
 from prefix_tuning.types import Adaptation, Batch, Model, Params
 
-FORMATS = ("peft", "merged")
+FORMATS = ("peft", "kv", "merged")
 SOURCE = ("source", "source_positions", "source_segments")
 
 
@@ -35,8 +35,11 @@ def load_model(name: str, *, dtype: str = "float32") -> tuple[Model, Params, Any
 
 
 def load_adapter(folder: str, model: Model, frozen: Params) -> Adaptation:
-    """The adaptation in a workdir's adapter/ or any PEFT folder; raises `UserError` if it does not fit the model."""
-    return peft.load_adapter(folder, model, frozen)
+    """The adaptation in a workdir's adapter/, any PEFT folder here or on the hub, or a file of another kind.
+
+    See interop/reading.py for those.  Raises `UserError` if it does not fit the model.
+    """
+    return reading.load_adapter(folder, model, frozen)
 
 
 def save_adapter(folder: str, adaptation: Adaptation, model: Model, frozen: Params | None = None) -> None:
@@ -248,6 +251,10 @@ def export_workdir(
         adaptation = combine_adapters([jax.device_get(made) for _, made in bound], how, weights)
     if format == "merged":
         merged.save(output, base.model, params, adaptation, base.tokenizer)
+    elif format == "kv":
+        if new_weights(opened[0][2], bound[0][0]):
+            raise UserError(f"{workdirs[0]} has weights of its own, which have no place beside plain keys and values")
+        kv.save(output, adaptation, base.model, params)
     else:
         if new_weights(opened[0][2], bound[0][0]):
             raise UserError("PEFT's folder holds no fine-tuned weights; valid formats for them: merged")
@@ -259,8 +266,8 @@ def import_adapter(config: dict[str, Any], source: str, workdir: str) -> None:
 
     Raises `UserError` for what cannot be read, does not fit the config, or no method can start from.
     """
-    read = functools.partial(peft.load_adapter, source, headed=True)
-    publish.start_from(config, read, functools.partial(peft.read_head, source), workdir)
+    read = functools.partial(reading.load_adapter, source, headed=True)
+    publish.start_from(config, read, functools.partial(reading.read_head, source), workdir)
 
 
 def new_weights(frozen: Params, params: Params) -> bool:

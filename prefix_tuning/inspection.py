@@ -35,7 +35,7 @@ def inspect_workdir(workdir: str, split: str | None, examples: int) -> str:
     name = section.split if split is None else split
     pairs = setup.make_split(config, base, name, section.examples).pairs[:examples]
 
-    folded = fold(model, params, adaptation)
+    folded = compose.fold(model, params, adaptation)
     virtual = 0 if adaptation.rows is None else len(adaptation.rows)
     places = slotted(folded)
     if not places and not virtual:
@@ -83,25 +83,6 @@ def inspect_workdir(workdir: str, split: str | None, examples: int) -> str:
 def slotted(adaptation: Adaptation) -> list[tuple[str, str]]:
     """(stack, site) of every attention with slots."""
     return [(stack, site) for stack in ("encoder", "decoder") for site in getattr(adaptation, stack).kv or {}]
-
-
-def fold(model: Model, params: Params, adaptation: Adaptation) -> Adaptation:
-    """The same adaptation with its prompt as keys and values, behind those it has, so that slots can be removed.
-
-    Raises `UserError` for a prompt in an encoder, whose rows see the text and so are no fixed keys and values.
-    """
-    if adaptation.prompt is None:
-        return adaptation
-    if model.entry == "encoder":
-        raise UserError("the rows of a prompt in an encoder change with the text and cannot be inspected as slots")
-    _, cache = jax.jit(model.prefill, static_argnums=4)(
-        params, adaptation, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), 1
-    )
-    hooks = adaptation.decoder
-    if "kv" in (hooks.gate or {}):
-        raise UserError("a prompt beside a prefix with method.gates cannot be inspected: only the prefix is gated")
-    kv = compose.concatenate(hooks.kv["self"], cache.prompt) if hooks.kv else cache.prompt
-    return adaptation.replace(prompt=None, decoder=hooks.replace(kv={"self": kv}, prompt=None))
 
 
 def attention(model: Model, params: Params, adaptation: Adaptation, batches: list[Batch]) -> dict[str, Any]:

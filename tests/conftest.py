@@ -172,6 +172,44 @@ def twin(tmp_path_factory):
     return make
 
 
+@pytest.fixture
+def torch_prefixes(monkeypatch):
+    """(reference, adaptation) -> None: from then on transformers' own attention has these slots before its keys."""
+
+    def install(reference, adaptation):
+        module = transformers.models.bart.modeling_bart
+        if reference.config.model_type != "bart":
+            module = getattr(transformers.models, reference.config.model_type)
+            module = getattr(module, f"modeling_{reference.config.model_type}")
+        slots = {}
+        for stack in ("encoder", "decoder"):
+            body = getattr(reference.base_model, stack)
+            for number, layer in enumerate(body.layers if hasattr(body, "layers") else body.block):
+                if hasattr(layer, "self_attn"):
+                    parts = {"self": layer.self_attn, "cross": getattr(layer, "encoder_attn", None)}
+                else:
+                    parts = {"self": layer.layer[0].SelfAttention}
+                    parts["cross"] = layer.layer[1].EncDecAttention if stack == "decoder" else None
+                for site, kv in (getattr(adaptation, stack).kv or {}).items():
+                    slots[parts[site]] = [torch.tensor(np.asarray(x[number])).transpose(0, 1) for x in (kv.k, kv.v)]
+
+        def attention(own, q, k, v, mask, scaling=None, dropout=0.0, position_bias=None, **_):
+            scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+            scores = scale * q @ k.transpose(-1, -2)
+            scores = scores if position_bias is None else scores + position_bias
+            scores = scores if mask is None else scores + mask[..., : k.shape[-2]]
+            if own in slots:
+                before, values = (x.expand(len(q), *x.shape) for x in slots[own])
+                scores = torch.cat([scale * q @ before.transpose(-1, -2), scores], -1)
+                v = torch.cat([values, v], -2)
+            weights = scores.softmax(-1)
+            return (weights @ v).transpose(1, 2).contiguous(), weights
+
+        monkeypatch.setattr(module, "eager_attention_forward", attention)
+
+    return install
+
+
 def random_reference(family, **options):
     """transformers' model, every weight drawn: fresh ones have biases of 0 and scales of 1, which hide mistakes."""
     if family in ENCODERS:

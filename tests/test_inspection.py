@@ -11,7 +11,7 @@ from conftest import L, P, close, letters, one_a_row, random_prefix, random_rows
 import prefix_tuning
 import run
 from prefix_tuning import inspection
-from prefix_tuning.methods import METHODS
+from prefix_tuning.methods import METHODS, compose
 from prefix_tuning.registry import named
 from prefix_tuning.types import Adaptation, LayerHooks
 
@@ -31,7 +31,7 @@ def test_a_folded_prompt_is_the_prompt(twin, family):
     beside = random_prefix(model, 0, length=2)
     both = beside.replace(prompt=prompt.prompt, shift=jnp.int32(P + 2))
     for adaptation in (prompt, both, bound(model, frozen, "propagation", length=3)):
-        folded = inspection.fold(model, frozen, adaptation)
+        folded = compose.fold(model, frozen, adaptation)
         assert folded.prompt is None
         close(
             prefix_tuning.logits(model, frozen, folded, rows),

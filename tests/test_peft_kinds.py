@@ -15,8 +15,10 @@ from conftest import P, close, letters, random_prefix, random_reference, random_
 import prefix_tuning
 from prefix_tuning.data import pipeline
 from prefix_tuning.errors import UserError
+from prefix_tuning.interop import kv
 from prefix_tuning.interop import peft as folders
 from prefix_tuning.methods import METHODS
+from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks
 
@@ -445,3 +447,46 @@ def test_what_no_kind_of_peft_holds(twin, tmp_path):
     made = method.bind(bart.frozen, method.init(jax.random.key(0), bart.model, bart.frozen))[1]
     with pytest.raises(UserError, match=r"PEFT gives an encoder-decoder one prefix.*valid formats for it: kv"):
         prefix_tuning.save_adapter(tmp_path / "out", made, bart.model)
+
+
+# --- Whatever it is kept in
+
+
+def test_an_adapter_is_read_by_what_it_is(twin, tmp_path, monkeypatch):
+    """A folder or file of any kind, and a name on the hub, of which only an adapter's files are fetched."""
+    _, _, model, frozen = twin("llama")
+    prefix = random_prefix(model, 3)
+    prefix_tuning.save_adapter(tmp_path / "peft", prefix, model, frozen)
+    kv.save(tmp_path / "kv", prefix, model, frozen)
+    rows = np.random.default_rng(0).normal(size=(P, 16)).astype(np.float32)
+    np.save(tmp_path / "prompt.npy", rows)
+    for path in (tmp_path / "peft", tmp_path / "kv", tmp_path / "kv" / "prefix.safetensors"):
+        same(prefix_tuning.load_adapter(path, model, frozen), prefix)
+    found = prefix_tuning.load_adapter(tmp_path / "prompt.npy", model, frozen)
+    same(found, Adaptation(prompt=jnp.asarray(rows), shift=jnp.int32(P)))
+    asked = []
+
+    def fetched(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path / "peft")
+
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", fetched)
+    same(prefix_tuning.load_adapter("someone/a-prefix", model, frozen), prefix)
+    assert asked[0][0] == "someone/a-prefix"
+    assert set(asked[0][1]) == {"adapter_config.json", "adapter_model.safetensors", "prefix.safetensors", "*.npy"}
+    (tmp_path / "text").write_text("hello")
+    for path, message in (
+        ("no such/folder/here", "adapter 'no such/folder/here' is no folder, and no name on the hub"),
+        (tmp_path, "has no adapter_config.json; expected a folder in PEFT's layout"),
+        (tmp_path / "text", "is not read as an adaptation; expected a folder in PEFT's layout"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prefix_tuning.load_adapter(path, model, frozen)
+
+
+def test_written_files_can_be_read_by_others(twin, tmp_path):
+    """As the process's mask says; safetensors alone would let only the owner."""
+    prefix_tuning.save_adapter(tmp_path, random_prefix(twin("llama").model, 3), twin("llama").model)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert set(modes) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert len(set(modes.values())) == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 import torch
 import transformers
@@ -319,8 +320,12 @@ def test_eval_generate_and_export_restore_the_run(folder, finished, tmp_path, ca
     assert run.main(["export", f"--workdir={workdir}", "--format=peft", f"--output={tmp_path}/peft"]) == 0
     exported = (tmp_path / "peft" / "adapter_model.safetensors").read_bytes()
     assert exported == (workdir / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert run.main(["export", f"--workdir={workdir}", "--format=kv", f"--output={tmp_path}/kv"]) == 0
+    table = safetensors.numpy.load_file(tmp_path / "peft" / "adapter_model.safetensors")["prompt_embeddings"]
+    key = safetensors.numpy.load_file(tmp_path / "kv" / "prefix.safetensors")["decoder.self.0.key"]
+    np.testing.assert_array_equal(key.reshape(len(key), -1), table[:, : key[0].size])
     assert run.main(["export", f"--workdir={workdir}", "--format=onnx", f"--output={tmp_path}/onnx"]) == 1
-    assert "unknown format 'onnx'; valid: merged, peft" in capsys.readouterr().err
+    assert "unknown format 'onnx'; valid: kv, merged, peft" in capsys.readouterr().err
     assert run.main(["export", f"--workdir={workdir}", "--format=merged", f"--output={tmp_path}/merged"]) == 1
     assert "only LoRA, biases and fine-tuned weights can be merged" in capsys.readouterr().err
 
@@ -353,6 +358,8 @@ def test_other_methods_train_evaluate_and_resume(folder, tmp_path, capsys, metho
         model, params, _ = prefix_tuning.load_model(tmp_path / "m")
         theirs = reference(torch.tensor([tokens])).logits[0].detach().numpy()
         np.testing.assert_allclose(prefix_tuning.logits(model, params, None, [tokens])[0], theirs, atol=1e-4)
+        assert run.main(["export", f"--workdir={tmp_path}/w", "--format=kv", f"--output={tmp_path}/kv"]) == 1
+        assert "has weights of its own" in capsys.readouterr().err
     if method == "infix":
         assert run.main(["inspect", f"--workdir={tmp_path}/w", "--examples=3"]) == 0
         out = capsys.readouterr().out

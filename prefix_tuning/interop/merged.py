@@ -26,7 +26,7 @@ def merge(model: Model, params: Params, adaptation: Adaptation) -> tuple[Model, 
     if jax.tree.structure(adaptation) != jax.tree.structure(mergeable):
         raise UserError(
             "only LoRA, biases and fine-tuned weights can be merged into a model; prefixes, prompts, memories and "
-            "adapters add something that its config.json cannot express; valid formats for a prefix: peft"
+            "adapters add something that its config.json cannot express; valid formats for a prefix: peft, kv"
         )
     for stack in model.sites:
         model, params = merge_stack(model, params, stack, only[stack])

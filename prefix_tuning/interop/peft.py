@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
+import safetensors
 
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import read_json, replace
@@ -98,7 +98,7 @@ def save_adapter(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         contiguous = {key: np.ascontiguousarray(x, np.float32) for key, x in tensors.items()}
-        safetensors.numpy.save_file(contiguous, folder / WEIGHTS, metadata=metadata)
+        loading.write(folder / WEIGHTS, contiguous, metadata)
         replace(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
         replace(folder / CARD, card(config, sum(x.size for x in contiguous.values())))
     except (OSError, safetensors.SafetensorError) as error:
@@ -310,15 +310,14 @@ def read_head(folder: str | Path, objective: dict[str, Any], model: Model) -> Pa
     for key, tensor in loading.read(folder / WEIGHTS):
         part = next((key.removeprefix(first) for first in wanted if key.startswith(first)), None)
         if part is not None:
-            found[part] = np.asarray(tensor[:], np.float32)
+            found[part] = tensor
     outputs = len(objective["labels"]) if "labels" in objective else 2
-    shape = (outputs, model.sites[model.entry].width)
-    if "weight" not in found or found["weight"].shape != shape or set(found) != {"weight", *["bias"] * head.bias}:
-        told = {part: list(x.shape) for part, x in found.items()}
-        raise UserError(
-            f"{folder / WEIGHTS} holds {told or 'nothing'} of a head {head.module}; expected weight {list(shape)}"
-        )
-    return {"kernel": jnp.asarray(found["weight"].T)} | ({"bias": jnp.asarray(found["bias"])} if head.bias else {})
+    shapes = {"weight": [outputs, model.sites[model.entry].width]} | ({"bias": [outputs]} if head.bias else {})
+    told = {part: tensor.get_shape() for part, tensor in found.items()}
+    if told != shapes:
+        raise UserError(f"{folder / WEIGHTS} holds {told} of the head {head.module}; expected {shapes}")
+    read = {part: np.asarray(tensor[:], np.float32) for part, tensor in found.items()}
+    return {"kernel": jnp.asarray(read["weight"].T)} | ({"bias": jnp.asarray(read["bias"])} if head.bias else {})
 
 
 # --- Reading any of them
@@ -354,7 +353,7 @@ def load_adapter(folder: str | Path, model: Model, frozen: Params | None = None,
     folder = Path(folder)
     config = read_json(folder / CONFIG, "a folder in PEFT's layout")
     kind = config.get("peft_type")
-    if kind not in READERS:
+    if not isinstance(kind, str) or kind not in READERS:
         raise UserError(f"{folder / CONFIG} holds peft_type {kind!r}; expected {' or '.join(map(repr, READERS))}")
     # What an entry that came later says by being off, its absence says here.
     unknown = sorted(key for key, value in config.items() if value and key not in (*COMMON, *KNOWN[kind]))

@@ -144,6 +144,25 @@ def concatenate(one: KV, other: KV) -> KV:
     )
 
 
+def fold(model: Model, params: Params, adaptation: Adaptation) -> Adaptation:
+    """The same adaptation with its prompt as keys and values, behind those that it has.
+
+    Raises `UserError` for a prompt in an encoder, whose rows see the text and so are no fixed keys and values.
+    """
+    if adaptation.prompt is None:
+        return adaptation
+    if model.entry == "encoder":
+        raise UserError("the rows of a prompt in an encoder change with the text and are no fixed keys and values")
+    hooks = adaptation.decoder
+    if "kv" in (hooks.gate or {}):
+        raise UserError("a prompt beside a prefix with method.gates cannot be part of it: only the prefix is gated")
+    _, cache = jax.jit(model.prefill, static_argnums=4)(
+        params, adaptation, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), 1
+    )
+    kv = concatenate(hooks.kv["self"], cache.prompt) if hooks.kv else cache.prompt
+    return adaptation.replace(prompt=None, decoder=hooks.replace(kv={"self": kv}, prompt=None))
+
+
 def interpolate(adaptations: Sequence[Adaptation], weights: Sequence[float] | None = None) -> Adaptation:
     """The weighted mean of adaptations of one shape, weights 1/n unless given.
 

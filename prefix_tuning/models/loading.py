@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,18 @@ def find_folder(name: str) -> Path:
         return Path(name)
     if name.endswith(".gguf"):
         raise UserError(f"model {name!r} is no file")
+    return fetch(name, FILES, "model")
+
+
+def fetch(name: str, files: Sequence[str], what: str) -> Path:
+    """The hub's snapshot of these files; raises `UserError` for what is no name there, and where it cannot be got."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"model {name!r} is no folder, and no name on the hub (OWNER/NAME) either")
+        raise UserError(f"{what} {name!r} is no folder, and no name on the hub (OWNER/NAME) either")
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the hub's client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model {name!r} is no folder here and could not be fetched from the hub: {reason}") from error
+        raise UserError(f"{what} {name!r} is no folder here and could not be fetched from the hub: {reason}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -178,7 +183,7 @@ def save_pretrained(folder: str | Path, model: Model, params: Params, dtype: str
             tensor = tensors.setdefault(name, np.empty(stored_shape(spec), whole.dtype))
             rows = own_rows(tensor, spec)
             rows[...] = (matrix.T if spec.transposed else matrix).reshape(rows.shape)
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write(folder / "model.safetensors", tensors, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model.config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
 
 
@@ -225,8 +230,18 @@ def read(file: str | os.PathLike) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from error
 
 
+def write(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all, for all to read that may read what this process writes."""
+    scratch = file.with_name(file.name + ".tmp")
+    safetensors.numpy.save_file(tensors, scratch, metadata=metadata)
+    own = os.umask(0)
+    os.umask(own)
+    scratch.chmod(0o666 & ~own)  # safetensors lets the owner alone read it
+    scratch.replace(file)
+
+
 def read_metadata(file: str | os.PathLike) -> dict[str, str]:
-    """What a safetensors file says of itself."""
+    """What a safetensors file says of itself; reads no tensor, and raises `UserError` as `read` does."""
     try:
         with safetensors.safe_open(file, framework="numpy") as tensors:
             return tensors.metadata() or {}
