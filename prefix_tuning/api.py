@@ -16,6 +16,7 @@ from prefix_tuning.decode import DecodeConfig, make_generate
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import read_json, read_text, replace, write_json
 from prefix_tuning.interop import kv, merged, peft, reading
+from prefix_tuning.interop.base import fingerprint
 from prefix_tuning.methods import compose
 from prefix_tuning.models import loading
 from prefix_tuning.record import WORKDIR
@@ -246,33 +247,27 @@ def export_workdir(
         others = {other["model"]["name"] for other, *_ in opened}
         if len(others) > 1:
             raise UserError(f"the workdirs adapt different models: {', '.join(sorted(others))}; expected one")
-        if any(new_weights(one[2], made[0]) for one, made in zip(opened, bound, strict=True)):
+        if any(publish.new_weights(one[2], made[0]) for one, made in zip(opened, bound, strict=True)):
             raise UserError("fine-tuned weights cannot be combined; expected adaptations such as prefixes")
         adaptation = combine_adapters([jax.device_get(made) for _, made in bound], how, weights)
     if format == "merged":
         merged.save(output, base.model, params, adaptation, base.tokenizer)
     elif format == "kv":
-        if new_weights(opened[0][2], bound[0][0]):
+        if publish.new_weights(opened[0][2], bound[0][0]):
             raise UserError(f"{workdirs[0]} has weights of its own, which have no place beside plain keys and values")
         kv.save(output, adaptation, base.model, params)
     else:
-        if new_weights(opened[0][2], bound[0][0]):
-            raise UserError("PEFT's folder holds no fine-tuned weights; valid formats for them: merged")
-        publish.save_adapter(output, base, config, opened[0][2], adaptation, params.get("head"))
+        publish.save_adapter(output, base, config, opened[0][2], bound[0][0], adaptation)
 
 
 def import_adapter(config: dict[str, Any], source: str, workdir: str) -> None:
-    """Makes a workdir whose training starts from an adapter made elsewhere, its task head included.
+    """Makes a workdir whose training starts from an adapter made elsewhere, its task head included, or from a workdir.
 
     Raises `UserError` for what cannot be read, does not fit the config, or no method can start from.
     """
-    read = functools.partial(reading.load_adapter, source, headed=True)
-    publish.start_from(config, read, functools.partial(reading.read_head, source), workdir)
-
-
-def new_weights(frozen: Params, params: Params) -> bool:
-    """Whether a method's `bind` made weights of its own rather than handing on the frozen ones."""
-    return any(
-        a is not b
-        for a, b in zip(*map(jax.tree.leaves, ({name: params[name] for name in frozen}, frozen)), strict=True)
-    )
+    if (Path(source) / "checkpoints").is_dir():
+        _, other, frozen, trainable, _ = open_workdir(source)
+        begin = functools.partial(publish.continued, jax.device_get(trainable), fingerprint(other.model, frozen))
+    else:
+        begin = functools.partial(publish.adopted, source, config)
+    publish.start_from(config, begin, workdir)

@@ -194,9 +194,8 @@ def plain(prompts: list[list[int]] | Encoded, base: setup.Base) -> list[list[int
 
 def export_adapter(base: setup.Base, config: dict[str, Any], frozen: Any, trainable: Any, folder: Path) -> str | None:
     """Writes the adaptation in PEFT's format; None, saying why, for one that PEFT cannot express."""
-    params, adaptation = jax.device_get(base.method.bind(frozen, trainable))
     try:
-        publish.save_adapter(folder, base, config, frozen, adaptation, params.get("head"))
+        publish.save_adapter(folder, base, config, frozen, *base.method.bind(frozen, trainable))
     except UserError as error:
         say(f"no adapter/ is written: {error}")
         return None

@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 
 import prefix_tuning
+from prefix_tuning import parallel
 from prefix_tuning.data import pipeline
-from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, Model
+from prefix_tuning.train_step import make_train_step
+from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, Model, TrainState
 
 B, T, P, L, K, F, V = 8, 7, 5, 3, 2, 11, 13
 LLAMA = {
@@ -265,6 +268,21 @@ def one_a_row(examples, length=None, targets=None):
     """A batch with one (prompt, target) a row, as long as the longest or as told."""
     length = length or max(len(prompt) + len(target) - 1 for prompt, target in examples)
     return packed([[pair] for pair in examples], length, targets or max(len(target) for _, target in examples))
+
+
+def three_steps(model, frozen, method, objective, tx, start, batch, axis=None):
+    """(what is trained after three steps on one batch, the losses); over an axis, on all eight devices."""
+    own = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
+    state = TrainState(jnp.int32(0), own, tx.init(own), jax.random.key(0))
+    body = make_train_step(model, method, objective, tx, axis=axis)
+    step = parallel.train_step(body) if axis else jax.jit(body)
+    place = parallel.place if axis else (lambda x: x)
+    split = parallel.split_batch if axis else (lambda batch: Batch(**{k: v[None] for k, v in batch.items()}))
+    losses, state, weights = [], place(state), place(frozen)
+    for _ in range(3):
+        state, sums = step(weights, state, split(batch))
+        losses.append(float(sums["loss"] / sums["count"]))
+    return jax.device_get(state.trainable), losses
 
 
 @functools.lru_cache

@@ -7,7 +7,7 @@ import optax
 import pytest
 import torch
 import transformers
-from conftest import ENCODERS, P, T, V, close, letters, packed, random_rows
+from conftest import ENCODERS, P, T, V, close, letters, packed, random_rows, three_steps
 
 import prefix_tuning
 from prefix_tuning import heads, models, nn, parallel, setup
@@ -18,8 +18,7 @@ from prefix_tuning.methods import METHODS
 from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.registry import named
-from prefix_tuning.train_step import make_train_step
-from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, TrainState, count
+from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, count
 
 ROWS = [[token for token in row if token != 1] or [2] for row in random_rows(1)]  # 1 is RoBERTa's padding
 MASKED = transformers.AutoModelForMaskedLM
@@ -206,23 +205,10 @@ def test_every_method_trains_on_an_encoder(twin, name, number):
     virtual = list(range(V, V + P)) if "rows" in bare.template else []
     rows = [pipeline.Example([*row, *virtual], [0], [i % 3]) for i, row in enumerate(ROWS)]
     batch = pipeline.collate([[x] for x in rows], 12, 1)
-    tx = optax.sgd(0.1)
-
-    def run(axis, split):
-        own = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
-        state = TrainState(jnp.int32(0), own, tx.init(own), jax.random.key(0))
-        body = make_train_step(model, method, objective, tx, axis=axis)
-        step = parallel.train_step(body) if axis else jax.jit(body)
-        place = parallel.place if axis else (lambda x: x)
-        losses, state, weights = [], place(state), place(frozen)
-        for _ in range(3):
-            state, sums = step(weights, state, split(batch))
-            losses.append(float(sums["loss"] / sums["count"]))
-        return jax.device_get(state.trainable), losses
-
-    ours, losses = run(None, lambda batch: Batch(**{k: v[None] for k, v in batch.items()}))
+    given = (model, frozen, method, objective, optax.sgd(0.1), start, batch)
+    ours, losses = three_steps(*given)
     if name in ("prefix", "prompt"):  # for the others tests/test_methods.py says so
-        spread, _ = run(parallel.AXIS, parallel.split_batch)
+        spread, _ = three_steps(*given, axis=parallel.AXIS)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), ours, spread)
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), jax.device_get(start), ours)
     still = {"/".join(key.key for key in path[-2:]) for path, x in jax.tree_util.tree_leaves_with_path(moved) if not x}

@@ -194,6 +194,33 @@ def test_prompts_are_pefts(twin, tmp_path, family):
         close(ours(model, frozen, adaptation), theirs(made, model, 3))
 
 
+# --- Generation
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", ["prefix", "prompt", "lora"])
+def test_peft_writes_the_same_text(twin, tmp_path, kind, beams):
+    _, _, model, frozen = twin("llama")
+    adaptation = {
+        "prefix": random_prefix(model, 5),
+        "prompt": Adaptation(
+            prompt=jnp.asarray(np.random.default_rng(1).normal(size=(P, 16)), jnp.float32), shift=jnp.int32(P)
+        ),
+        "lora": random_deltas(model, frozen, ("q", "v", "down")),
+    }[kind]
+    prefix_tuning.save_adapter(tmp_path, adaptation, model)
+    tuned = loaded(random_reference("llama"), tmp_path)
+    options = {"max_new_tokens": 7, "min_new_tokens": 7, "num_beams": beams}
+    ours = prefix_tuning.generate(model, frozen, adaptation, ROWS[:4], end_tokens=(12,), **options)
+    given = {"do_sample": False, "eos_token_id": 12, "pad_token_id": 0}
+    for row, new in zip(ROWS[:4], ours, strict=True):
+        tokens = torch.tensor([row])
+        out = tuned.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options, **given)[0].tolist()
+        # Behind a prompt transformers gives the new tokens alone.
+        assert out[-7:] == new
+    assert len({tuple(new) for new in ours}) > 1
+
+
 # --- Encoder-decoders
 
 

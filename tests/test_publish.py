@@ -1,6 +1,8 @@
 """What a run hands on, and runs that start from it: the same numbers, the head included, and training that goes on."""
 
+import functools
 import json
+import re
 import shutil
 
 import jax
@@ -10,7 +12,8 @@ import transformers
 from test_tasks import folder  # noqa: F401 (a fixture)
 
 import run
-from prefix_tuning import api
+from prefix_tuning import api, publish
+from prefix_tuning.errors import UserError
 
 SHORT = [
     "optimizer.warmup_steps=0",
@@ -71,13 +74,47 @@ def test_a_run_starts_from_what_another_published(tmp_path, capsys, method):
     assert "has checkpoints already; expected a new workdir" in capsys.readouterr().err
 
 
+MLP = """
+from configs import common, quickstart
+
+
+def get_config(arg=None):
+    config = quickstart.get_config(arg)
+    prefix = {"length": 3, "reparametrisation": 4, "init": "random", "text": None}
+    config.method = common.method("prefix", prefix=prefix)
+    return config
+"""
+
+
+def test_a_run_starts_from_another_with_its_network(tmp_path):
+    """Which no adapter keeps: the MLP of a prefix goes on in a run with other settings."""
+    (tmp_path / "config.py").write_text(MLP)
+    given = [f"--config={tmp_path}/config.py", *(f"--config.{option}" for option in SHORT)]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run.main(["train", *given, f"--workdir={first}"]) == 0
+    slower = [*given, "--config.optimizer.learning_rate=1e-3", f"--workdir={second}"]
+    assert run.main(["import", *slower, f"--input={first}"]) == 0
+    same(trained(first)[0], trained(second)[0])
+    assert run.main(["train", *slower]) == 0
+    config = json.loads((first / "config.json").read_text())
+    for method, message in (
+        (config["method"] | {"length": 4}, "['decoder']['self']['slots'] (3, 128) instead of (4, 128)"),
+        (config["method"] | {"reparametrisation": None}, "['decoder']['self']['down']['bias'] (4,) instead of None"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            api.import_adapter(config | {"method": method}, str(first), str(tmp_path / "third"))
+    begin = functools.partial(publish.continued, trained(first)[0], "another")
+    with pytest.raises(UserError, match="the run's base model has fingerprint another; this config's has"):
+        publish.start_from(config, begin, tmp_path / "third")
+
+
 def test_what_cannot_be_started_from(tmp_path, capsys):
     first = tmp_path / "first"
     assert call("train", first, "prefix") == 0
     adapter = first / "adapter"
     for method, options, message in (
-        ("infix", [], "method 'infix' cannot start from an adaptation: what made it"),
-        ("ptuning", [], "method 'ptuning' cannot start from an adaptation"),
+        ("infix", [], "method 'infix' cannot start from an adapter: what made it"),
+        ("ptuning", [], "method 'ptuning' cannot start from an adapter"),
         ("prefix", ["method.length=4"], "method.length=4 cannot start from slots of shape"),
         ("prefix", ["method.shift=False"], "the adaptation holds more than, or other than, what this method trains"),
         ("prompt", [], "the adaptation holds more than, or other than, what this method trains"),
@@ -89,6 +126,10 @@ def test_what_cannot_be_started_from(tmp_path, capsys):
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "other" / "checkpoints").exists()
+    both = tmp_path / "both"
+    biased = ["method.parts.prefix.length=3", "method.parts.finetune.top_layers=1"]
+    assert call("train", both, "prefix+finetune", *biased) == 0
+    assert "no adapter/ is written: PEFT's folder holds no fine-tuned weights" in capsys.readouterr().err
     lora = tmp_path / "lora"
     assert call("train", lora, "lora") == 0
     for options, message in (

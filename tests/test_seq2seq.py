@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import SEQ2SEQ, P, V, close, letters
+from conftest import SEQ2SEQ, P, V, close, letters, three_steps
 
 import prefix_tuning
 import run
@@ -23,8 +23,7 @@ from prefix_tuning.methods import METHODS
 from prefix_tuning.models import loading, t5
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.registry import named
-from prefix_tuning.train_step import make_train_step
-from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, TrainState, count
+from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, count
 
 SOURCES = [[3, 4, 5, 6, 2, 7, 9], [5, 2], [11, 8, 3, 4], [7]]
 TARGETS = [[4, 5], [6, 2, 3, 8, 9], [], [10, 3, 3]]
@@ -392,23 +391,10 @@ def test_every_method_trains_and_decodes(twin, family, name, number):
     sources = [[*row, *virtual] for row in SOURCES * 2]
     pairs = [pipeline.Tokens(s, [*t, 1]).after(model.start) for s, t in zip(sources, TARGETS * 2, strict=True)]
     batch = pipeline.collate([[pair] for pair in pairs], 13, 6)
-    tx, objective = optax.adam(0.001), OBJECTIVES["lm"](None)
-
-    def trained(axis, split):
-        own = jax.tree.map(lambda x: jnp.array(x, copy=True), start)
-        state = TrainState(jnp.int32(0), own, tx.init(own), jax.random.key(0))
-        body = make_train_step(model, method, objective, tx, axis=axis)
-        step = parallel.train_step(body) if axis else jax.jit(body)
-        place = parallel.place if axis else (lambda x: x)
-        losses, state, weights = [], place(state), place(frozen)
-        for _ in range(3):
-            state, sums = step(weights, state, split(batch))
-            losses.append(float(sums["loss"] / sums["count"]))
-        return jax.device_get(state.trainable), losses
-
-    made, losses = trained(None, lambda batch: Batch(**{k: v[None] for k, v in batch.items()}))
+    given = (model, frozen, method, OBJECTIVES["lm"](None), optax.adam(0.001), start, batch)
+    made, losses = three_steps(*given)
     if name in ("prefix", "prompt") and not number:  # for the others tests/test_methods.py says so
-        spread, again = trained(parallel.AXIS, parallel.split_batch)
+        spread, again = three_steps(*given, axis=parallel.AXIS)
         np.testing.assert_allclose(losses, again, rtol=1e-4)
         assert jax.tree.structure(spread) == jax.tree.structure(made)
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), jax.device_get(start), made)
