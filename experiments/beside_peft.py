@@ -30,13 +30,6 @@ LEARNING_RATE = 5e-3
 TEXT = "Describe the restaurant in one sentence that mentions every field of its record."
 
 
-def peft_examples(config, base):
-    """The training pairs of our own run, so that both see the same text."""
-    pairs = setup.load_split(config, "train")
-    pairs = setup.data.subsample(pairs, config["train"]["examples"], config["seed"])
-    return pipeline.encode(pairs, base.tokenizer, **config["text"])
-
-
 def peft_batch(rows):
     """Pairs as a batch of PEFT: the prompt is no label."""
     whole = [row.prompt + row.target for row in rows]
@@ -50,7 +43,7 @@ def main(config):
     base = setup.make_base(config)
     run = setup.make_run(config, base)
     settings, split = run.train, run.final
-    examples = peft_examples(config, base)
+    examples = pipeline.encode(sides.training_rows(config), base.tokenizer, **config["text"])
     real = sum(len(x.prompt) + len(x.target) - 1 for x in examples) * settings.epochs
 
     # ---- PEFT

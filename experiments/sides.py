@@ -6,10 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 
-from prefix_tuning import parallel, setup
+from prefix_tuning import data, parallel, setup
 from prefix_tuning.train import fresh_state
 from prefix_tuning.train_step import make_train_step
+
+
+def training_rows(config: dict[str, Any]) -> Dataset:
+    """What our own run trains on, so that both see the same text."""
+    rows, size = setup.load_split(config, "train"), config["train"]["examples"]
+    return rows if size is None else data.subsample(rows, size, config["seed"])
 
 
 def shuffled(rows: Sequence[Any], batch_size: int, epochs: int, seed: int) -> Iterator[list[Any]]:

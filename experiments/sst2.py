@@ -7,7 +7,7 @@ Every step of PEFT is followed by one of ours, so that both meet the same noise 
 classify the whole validation split.  PEFT (torch) trains as its users do: a prefix of normal entries, a head behind
 BERT's pooler, dropout in the model, AdamW with linear decay, and batches in random order, padded to their longest
 sentence.  Ours are of sentences of similar length, which is part of why they are fast; what remains without that is
-measured, too: after every tenth step PEFT also differentiates our batch, padded no further than its longest sentence,
+measured, too: at every tenth step PEFT also differentiates our batch, padded no further than its longest sentence,
 and learns nothing from it.  A run is repeated for each of `--seeds`.  Needs tests/requirements.txt.  Prints a Markdown
 table.
 """
@@ -80,7 +80,7 @@ def train_both(config):
     )
     own = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=base.prefix_length)
     theirs = peft.get_peft_model(model, own)
-    examples = setup.encode(base, setup.load_split(config, "train"))
+    examples = setup.encode(base, sides.training_rows(config))
     their_step = sides.torch_step(
         theirs,
         run.data.total_steps,
@@ -121,7 +121,7 @@ def train_both(config):
             "PEFT": turn("PEFT", their_step, given, len(mine), given["attention_mask"].sum()),
             "ours": turn("ours", our_step, batch, *sizes),
         }
-        if number % EVERY == 0:
+        if number % EVERY == 1:
             turn("PEFT on our batches", their_gradient, same_batch(batch), *sizes)
         if number in ends:
             accuracy["PEFT"].append(peft_accuracy(theirs, run.split, size))
