@@ -10,7 +10,7 @@ two x86-64 cores: 3.7 minutes of training, 84.3 % on the dev split (experiments/
 from configs import common
 
 RATES = {
-    "prefix": 1e-2,
+    "prefix": 2e-2,
     "infix": 1e-2,
     "prompt": 3e-2,
     "ptuning": 1e-3,
@@ -22,18 +22,21 @@ RATES = {
 }
 
 
+TEXT = "Is the opinion in this sentence about a movie positive or negative? It was great, it was terrible."
+
+
 def get_config(arg=None):
     """`quick` trains on 64 sentences and scores 32; `method` as in every config."""
     settings = common.parse(arg)
     quick = settings["quick"]
     return common.section(
         seed=0,
-        model=common.section(name="sentence-transformers/all-MiniLM-L6-v2", dtype="float32"),
+        model=common.section(name="sentence-transformers/all-MiniLM-L6-v2", dtype="float32", scan=False),
         dataset=common.section(name="glue", path="nyu-mll/glue", task="sst2"),
         text=common.section(prompt="{cls}{source}{sep}", max_length=128),
-        method=common.method(settings["method"], prefix={"length": 20, "init": "random", "text": None}),
+        method=common.method(settings["method"], prefix={"length": 20, "text": TEXT, "dropout": 0.1}),
         objective=common.section(
-            name="classify", labels=("negative", "positive"), words=None, pooling="mean", dropout=0.0
+            name="classify", labels=("negative", "positive"), words=None, pooling="mean", dropout=0.2
         ),
         optimizer=common.section(
             name="adamw",
@@ -45,11 +48,11 @@ def get_config(arg=None):
         ),
         train=common.section(
             batch_size=32,
-            epochs=1 if quick else 3,
+            epochs=1 if quick else 6,
             examples=64 if quick else None,
             accumulate=1,
             packing=False,
-            shapes=4,
+            shapes=8,
             prefetch=8,
             log_every=20,
             eval_every=None,

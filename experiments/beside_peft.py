@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 import peft
 import torch
 import transformers
@@ -23,38 +22,20 @@ from absl import flags
 from ml_collections import config_flags
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
 
-from prefix_tuning import evaluate, parallel, setup
+from experiments import sides
+from prefix_tuning import evaluate, setup
 from prefix_tuning.data import pipeline
-from prefix_tuning.train import fresh_state
-from prefix_tuning.train_step import make_train_step
 
 LEARNING_RATE = 5e-3
 TEXT = "Describe the restaurant in one sentence that mentions every field of its record."
 
 
-def peft_examples(config, base):
-    """The training pairs of our own run, so that both see the same text."""
-    pairs = setup.load_split(config, "train")
-    pairs = setup.data.subsample(pairs, config["train"]["examples"], config["seed"])
-    return pipeline.encode(pairs, base.tokenizer, **config["text"])
-
-
-def peft_batches(examples, batch_size, epochs, seed):
-    """Shuffled batches padded to their longest row, as a Hugging Face collator makes them."""
-    rng = np.random.default_rng(seed)
-    for _ in range(epochs):
-        order = rng.permutation(len(examples))
-        for start in range(0, len(order), batch_size):
-            rows = [examples[i] for i in order[start : start + batch_size]]
-            length = max(len(row.prompt) + len(row.target) for row in rows)
-            tokens = torch.zeros(len(rows), length, dtype=torch.long)
-            mask, labels = torch.zeros_like(tokens), torch.full_like(tokens, -100)
-            for b, (prompt, target) in enumerate(rows):
-                whole = prompt + target
-                tokens[b, : len(whole)] = torch.tensor(whole)
-                mask[b, : len(whole)] = 1
-                labels[b, len(prompt) : len(whole)] = torch.tensor(target)
-            yield {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+def peft_batch(rows):
+    """Pairs as a batch of PEFT: the prompt is no label."""
+    whole = [row.prompt + row.target for row in rows]
+    tokens = sides.padded(whole)
+    labels = sides.padded([[-100] * len(row.prompt) + row.target for row in rows], -100)
+    return {"input_ids": tokens, "attention_mask": sides.padded([[1] * len(row) for row in whole]), "labels": labels}
 
 
 def main(config):
@@ -62,7 +43,7 @@ def main(config):
     base = setup.make_base(config)
     run = setup.make_run(config, base)
     settings, split = run.train, run.final
-    examples = peft_examples(config, base)
+    examples = pipeline.encode(sides.training_rows(config), base.tokenizer, **config["text"])
     real = sum(len(x.prompt) + len(x.target) - 1 for x in examples) * settings.epochs
 
     # ---- PEFT
@@ -72,37 +53,19 @@ def main(config):
         model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=base.prefix_length)
     )
     initialize_kv_prefix_from_text(theirs, base.tokenizer, text=TEXT)
-    batches = list(peft_batches(examples, settings.batch_size, settings.epochs, config["seed"]))
-    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
+    rows = sides.shuffled(examples, settings.batch_size, settings.epochs, config["seed"])
+    batches = [peft_batch(own) for own in rows]
+    their_step = sides.torch_step(theirs, len(batches), learning_rate=LEARNING_RATE)
 
-    def their_step(batch):
-        loss = theirs(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    # ---- ours
-    frozen = parallel.place(setup.load_weights(base, config))
-    state = parallel.place(fresh_state(config, base, run, frozen))
-    step = parallel.train_step(make_train_step(base.model, base.method, base.objective, run.tx, axis=parallel.AXIS))
-
-    def our_step(batch):
-        nonlocal state
-        state, sums = step(frozen, state, parallel.split_batch(batch, settings.accumulate))
-        return float(sums["loss"] / sums["count"])
-
+    # ---- in turn
+    our_step, bound = sides.our_step(config, base, run)
     seconds = {"PEFT": [], "ours": []}
     theirs.train()
     for number, (batch, ours) in enumerate(zip(batches, run.data.batches(0), strict=True), start=1):
-        losses = {}
-        for name, function, argument in (("PEFT", their_step, batch), ("ours", our_step, ours)):
-            start = time.perf_counter()
-            losses[name] = function(argument)
-            seconds[name].append(time.perf_counter() - start)
+        losses = {
+            "PEFT": sides.timed(seconds["PEFT"], their_step, batch),
+            "ours": sides.timed(seconds["ours"], our_step, ours),
+        }
         if number % 10 == 0:
             shown = ", ".join(f"{n} {losses[n]:.3f} after {sum(seconds[n]) / 60:.1f} min" for n in losses)
             print(f"step {number}/{len(batches)}: loss {shown}", file=sys.stderr, flush=True)
@@ -134,9 +97,9 @@ def main(config):
                 texts["PEFT"][i] = base.tokenizer.decode(out[b, tokens.shape[1] :], skip_special_tokens=True).strip()
     decoding["PEFT"] = time.perf_counter() - start
     write = evaluate.make_writer(base, run.evaluation.batch_size, seed=config["seed"])
-    bound = base.method.bind(frozen, state.trainable)
+    adapted = bound()
     start = time.perf_counter()
-    texts["ours"] = write(*bound, split.prompts)
+    texts["ours"] = write(*adapted, split.prompts)
     decoding["ours"] = time.perf_counter() - start
 
     # ---- the table

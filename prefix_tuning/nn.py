@@ -13,7 +13,8 @@ from prefix_tuning.errors import UserError, valid
 from prefix_tuning.types import KV, Adaptation, LayerHooks, Model, Params, Sites
 
 ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    # Computed again for its derivative: cheaper than keeping what autodiff wants, three arrays as wide as the MLP.
+    "gelu": jax.checkpoint(lambda x: jax.nn.gelu(x, approximate=False)),
     "gelu_new": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
@@ -204,11 +205,15 @@ def attend(
     float32; the result [B T K G H] has q's dtype.
     """
     q = scaled(q, how)
+    dtype = jnp.float32 if v.dtype == jnp.float16 else v.dtype  # sums that are divided later overflow float16
     beside = [slot_scores(q, prefix, how) for prefix in prefixes if prefix.gate is None]
-    weights = shared_softmax([token_scores(q, k, mask, how, bias), *beside])
-    out = jnp.einsum("bkgts,bskh->btkgh", weights[0].astype(v.dtype), v)
+    weights, total = exponentials([token_scores(q, k, mask, how, bias), *beside])
+    out = jnp.einsum("bkgts,bskh->btkgh", weights[0].astype(dtype), v.astype(dtype))
     for prefix, weight in zip((p for p in prefixes if p.gate is None), weights[1:], strict=True):
-        out = out + slot_values(weight, prefix, v.dtype)
+        out = out + slot_values(weight, prefix, dtype)
+    # Divided here, where it is smaller than the scores, and by an einsum, whose derivative is a product: XLA is slow at
+    # sums over short axes on a CPU.
+    out = jnp.einsum("btkgh,btkg->btkgh", out, jnp.moveaxis(1 / total[..., 0], 3, 1)).astype(v.dtype)
     for prefix in prefixes:
         if prefix.gate is not None:
             own = slot_values(own_softmax(q, prefix, how), prefix, v.dtype)
@@ -277,13 +282,19 @@ def slot_values(weights: Array, prefix: KV, dtype: jnp.dtype) -> Array:
 
 def shared_softmax(parts: Sequence[Array]) -> list[Array]:
     """The softmax over the last axes of several score arrays together; at least one score must be finite."""
-    if len(parts) == 1:
-        return [jax.nn.softmax(parts[0], axis=-1)]
+    weights, total = exponentials(parts)
+    return [part / total for part in weights]
+
+
+def exponentials(parts: Sequence[Array]) -> tuple[list[Array], Array]:
+    """Of several score arrays [... S] the softmax over their last axes together, as numerators and denominator [... 1].
+
+    At least one score must be finite.
+    """
     top = functools.reduce(jnp.maximum, (part.max(-1, keepdims=True) for part in parts))
     top = jax.lax.stop_gradient(top)  # it cancels
     weights = [jnp.exp(part - top) for part in parts]
-    total = sum(part.sum(-1, keepdims=True) for part in weights)
-    return [part / total for part in weights]
+    return weights, sum(part.sum(-1, keepdims=True) for part in weights)
 
 
 def own_softmax(q: Array, prefix: KV, how: Attention) -> Array:

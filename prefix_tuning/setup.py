@@ -95,7 +95,8 @@ def make_base(config: dict[str, Any]) -> Base:
         raise UserError(f"config has unknown sections {unknown} and lacks {missing}; expected {', '.join(SECTIONS)}")
     valid("model.dtype", config["model"].get("dtype", "float32"), loading.DTYPES)
     folder = loading.find_folder(resolve(config["model"]["name"]))
-    model = loading.read_model(folder)
+    # Unrolled layers take longer to compile and, on a CPU, less time to train: a loop copies what its derivative needs.
+    model = loading.read_model(folder, scan=config["model"].get("scan", True))
     tokenizer = loading.load_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer; text cannot be read without")

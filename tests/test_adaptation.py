@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from conftest import (
     B,
     K,
@@ -75,12 +76,14 @@ def test_empty_adaptation_is_the_model_bit_for_bit(twin, family, monkeypatch):
     batch = one_a_row(examples(5))
     ours = batch_logits(model, frozen, Adaptation(), batch)
 
-    def plain(q, k, v, mask, prefixes, *, how):
+    def plain(q, k, v, mask, prefixes, *, how, bias):
         assert not prefixes
         assert how == nn.PLAIN
+        assert bias is None
         scores = jnp.einsum("btkgh,bskh->bkgts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -jnp.inf), axis=-1)
-        return jnp.einsum("bkgts,bskh->btkgh", weights, v)
+        scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        return jnp.einsum("bkgts,bskh->btkgh", weights, v) * jnp.moveaxis(1 / weights.sum(-1, keepdims=True), 3, 1)
 
     monkeypatch.setattr(nn, "attend", plain)
     monkeypatch.setattr(nn, "shifted", lambda positions, adaptation: positions)
@@ -299,3 +302,22 @@ def test_attention_of_a_prefix_that_takes_all_or_nothing():
     np.testing.assert_allclose(
         attend(rows, k, v, mask, (KV(-far, prefix_v),)), attend(rows, -far, prefix_v, every), atol=1e-6
     )
+
+
+def test_half_precision_attends_to_large_values():
+    q, k, v, mask, prefix_k, prefix_v = (np.ones_like(x, np.float16) for x in attention_inputs(3))
+    large = 3e4 * v  # two of them are more than float16 holds
+    out = attend(q, k, large, mask > 0, (KV(prefix_k, 3e4 * prefix_v),))
+    assert out.dtype == np.float16
+    np.testing.assert_allclose(out, np.full(q.shape, 3e4), rtol=1e-3)
+
+
+def test_gelu_keeps_nothing_but_its_input_for_its_derivative():
+    x = np.linspace(-3, 3, 7, dtype=np.float32)
+    y, backward = jax.vjp(nn.ACTIVATIONS["gelu"], x)
+    (kept,) = jax.tree.leaves(backward)
+    np.testing.assert_array_equal(kept, x)
+    np.testing.assert_allclose(y, torch.nn.functional.gelu(torch.tensor(x)), atol=1e-6)
+    given = torch.tensor(x, requires_grad=True)
+    torch.nn.functional.gelu(given).sum().backward()
+    np.testing.assert_allclose(backward(np.ones_like(x))[0], given.grad, atol=1e-6)

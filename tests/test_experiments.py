@@ -1,10 +1,14 @@
-"""What the comparison of methods makes of finished runs, and of data without a test split."""
+"""What the comparison of methods makes of finished runs and of data without a test split, and that with PEFT."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
-from experiments import compare, style
+from experiments import compare, sides, sst2, style
+from prefix_tuning.data import pipeline
 from prefix_tuning.files import read_lines
 
 
@@ -101,3 +105,92 @@ def test_style_report_counts_answers(tmp_path):
     lines = style.report(tmp_path).splitlines()
     assert lines[2:4] == ["| before | 0 of 2 | 0 of 2 | 1.0 |", "| after | 2 of 2 | 1 of 2 | 50.0 |"]
     assert lines[-1] == "20 of 1,000 parameters, 7 steps, 1.5 minutes of training"
+
+
+# --- Beside PEFT
+
+
+def test_batches_of_a_trainer_hold_every_row_once_an_epoch_in_another_order():
+    batches = list(sides.shuffled("abcdefg", 3, 2, seed=0))
+    assert [len(batch) for batch in batches] == [3, 3, 1] * 2
+    first, second = ([row for batch in own for row in batch] for own in (batches[:3], batches[3:]))
+    assert sorted(first) == sorted(second) == list("abcdefg")
+    assert first != second
+    assert list(sides.shuffled("abcdefg", 3, 2, seed=0)) == batches
+    assert sides.padded([[1], [2, 3]], -100).tolist() == [[1, -100], [2, 3]]
+
+
+def test_step_of_torch_clips_and_ends_at_a_learning_rate_of_0():
+    class Slope(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(2.0))
+            self.frozen = torch.nn.Parameter(torch.tensor(1.0), requires_grad=False)
+
+        def forward(self, x):
+            return SimpleNamespace(loss=self.weight * self.frozen * x)
+
+    model, moved = Slope(), [2.0]
+    step = sides.torch_step(model, 2, learning_rate=0.5, clip=1.0)
+    for x in (3.0, 300.0, 3.0):  # without clipping the second would weigh down Adam's third
+        assert step({"x": torch.tensor(x)}) == pytest.approx(moved[-1] * x)
+        moved.append(model.weight.item())
+    np.testing.assert_allclose(moved, [2.0, 1.5, 1.25, 1.25], atol=1e-6)
+
+
+def test_both_sides_read_the_same_tokens_and_labels():
+    examples = [pipeline.Example([5, 6, 7], [0], [1]), pipeline.Example([8], [0], [0])]
+    wanted = {
+        "input_ids": [[5, 6, 7], [8, 0, 0]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "labels": [1, 0],
+    }
+    assert {name: x.tolist() for name, x in sst2.peft_batch(examples).items()} == wanted
+    ours = pipeline.collate([[examples[0]], [examples[1]], []], 5, 1)
+    assert {name: x.tolist() for name, x in sst2.same_batch(ours).items()} == wanted
+
+
+def test_accuracy_of_the_other_side_is_over_all_sentences():
+    class Reader(torch.nn.Module):
+        def forward(self, input_ids, attention_mask):
+            assert not self.training
+            last = attention_mask.sum(1) - 1  # the class is the last token, where padding does not count
+            return SimpleNamespace(logits=torch.eye(2)[input_ids[torch.arange(len(last)), last]])
+
+    examples = [pipeline.Example(read, [0], [label]) for read, label in (([1, 0], 0), ([1], 1), ([0, 0, 1], 0))]
+    model = Reader().train()
+    accuracy = sst2.peft_accuracy(model, SimpleNamespace(prompts=SimpleNamespace(examples=examples)), 2)
+    assert accuracy == pytest.approx(100 * 2 / 3)
+    assert model.training
+
+
+def test_table_of_both_sides():
+    runs = [
+        {
+            "accuracy": {"PEFT": [80.0], "ours": [82.0]},
+            "steps": {
+                "PEFT": [(0.5, 32, 800)] * 2,
+                "ours": [(9.0, 32, 700), (0.2, 32, 700), (0.2, 32, 700)],
+                "PEFT on our batches": [(0.4, 32, 700)],
+            },
+            "trained": {"PEFT": 1234, "ours": 1234},
+        },
+        {
+            "accuracy": {"PEFT": [81.0], "ours": [84.0]},
+            "steps": {"PEFT": [(0.5, 32, 800)], "ours": [(0.2, 32, 700)], "PEFT on our batches": [(0.4, 32, 700)]},
+            "trained": {"PEFT": 1234, "ours": 1234},
+        },
+    ]
+    lines = sst2.table(runs).splitlines()[2:]
+    assert lines[:4] == [
+        "| accuracy after epoch 1, % | 80.50 (80.00, 81.00) | 83.00 (82.00, 84.00) | |",
+        "| sentences per second, median of the steps | 64 | 160 | 2.50 |",
+        "| the same, PEFT on our batches | 80 | 160 | 2.00 |",
+        "| tokens per second, padding not counted | 1600 | 3500 | 2.19 |",
+    ]
+    assert lines[4:] == [
+        "| seconds per step | 0.500 | 0.200 | 0.40 |",
+        "| minutes of training, compiling included | 0.01 | 0.08 | 6.40 |",
+        "| parameters trained | 1,234 | 1,234 | |",
+    ]
+    assert "accuracy after epoch 1, % | 80.00 | 82.00 |" in sst2.table(runs[:1])

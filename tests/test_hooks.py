@@ -830,7 +830,8 @@ def eager(reference, kv, prompt, row):
 
 def probed(model, frozen, adaptation):
     batch = packed([[(row, [1])] for row in ROWS], T, 1)
-    return {name: np.asarray(x) for name, x in jax.jit(model.probe)(frozen, adaptation, batch).items()}
+    found = jax.jit(model.probe)(frozen, adaptation, batch)["decoder"]["self"]
+    return {name: np.asarray(x) for name, x in found.items()}
 
 
 @BOTH

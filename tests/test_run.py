@@ -18,12 +18,13 @@ import transformers
 
 import prefix_tuning
 import run
-from prefix_tuning import models, progress
+from prefix_tuning import models, progress, setup
 from prefix_tuning import train as loop
 from prefix_tuning.compare import compare
 from prefix_tuning.errors import UserError
 from prefix_tuning.files import read_lines
 from prefix_tuning.models import loading
+from prefix_tuning.types import Adaptation, Batch
 
 ROOT = Path(run.__file__).parent
 CONFIG = """
@@ -155,6 +156,18 @@ def test_the_published_adapter_gives_the_recorded_predictions(folder, finished):
     prompts = [tokenizer(row["source"] + ">")["input_ids"] for row in rows]
     new = prefix_tuning.generate(model, frozen, adaptation, prompts, max_new_tokens=6)
     assert [tokenizer.decode(ids).strip() for ids in new] == [row["prediction"] for row in rows]
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_layers_are_unrolled_on_request(folder, scan):
+    config = settings(folder)
+    config["model"]["scan"] = scan
+    base = setup.make_base(config)
+    layers = base.model.sites["decoder"].layers
+    batch = Batch(*[jax.ShapeDtypeStruct((1, 4), np.int32)] * 7)
+    read = jax.make_jaxpr(lambda frozen, batch: base.model.hidden(frozen, Adaptation(), batch))
+    assert layers > 1
+    assert f"unroll={1 if scan else layers}" in str(read(loading.abstract(base.model, "float32"), batch))
 
 
 def test_the_same_command_again_shows_the_result(folder, finished):

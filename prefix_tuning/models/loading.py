@@ -63,12 +63,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_model(folder: Path) -> Model:
+def read_model(folder: Path, *, scan: bool = True) -> Model:
     """The model that a folder holds, its `specs` without the optional weights that its files lack; reads no weight.
 
-    Raises `UserError` as `read_config` and `models.build` do.
+    scan=False unrolls its layers.  Raises `UserError` as `read_config` and `models.build` do.
     """
-    model = models.build(read_config(folder))
+    model = models.build(read_config(folder), scan=scan)
     optional = {path: spec for path, spec in paths(model.specs) if spec.optional}
     if not optional:
         return model
