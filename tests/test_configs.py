@@ -10,7 +10,7 @@ import tokenizers
 import transformers
 
 import run
-from configs import common, ptuning_v2, xsum_bart
+from configs import common, ptuning_v2, sst2_minilm, xsum_bart
 from prefix_tuning import models, setup
 from prefix_tuning.data import conll2003, pipeline, superglue, tasks, xsum
 from prefix_tuning.heads import with_head
@@ -310,3 +310,10 @@ def test_every_section_is_what_its_factory_takes(name):
     assert set(config) == set(setup.SECTIONS) - chosen
     call("train", setup.Train, config["train"])
     call("evaluation", setup.Evaluation, config["evaluation"])
+
+
+def test_sst2_starts_from_a_text_or_at_random():
+    assert sst2_minilm.get_config().method.init == "text"
+    method = sst2_minilm.get_config("random").method
+    assert (method.init, method.text, method.length) == ("random", None, 20)
+    assert sst2_minilm.get_config("random,method=lora").method == sst2_minilm.get_config("method=lora").method
