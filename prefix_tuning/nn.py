@@ -205,15 +205,17 @@ def attend(
     float32; the result [B T K G H] has q's dtype.
     """
     q = scaled(q, how)
-    dtype = jnp.float32 if v.dtype == jnp.float16 else v.dtype  # sums that are divided later overflow float16
     beside = [slot_scores(q, prefix, how) for prefix in prefixes if prefix.gate is None]
     weights, total = exponentials([token_scores(q, k, mask, how, bias), *beside])
-    out = jnp.einsum("bkgts,bskh->btkgh", weights[0].astype(dtype), v.astype(dtype))
+    late = v.dtype == jnp.float32  # in lower precision the weights are rounded, and so divided before
+    weights = weights if late else [weight / total for weight in weights]
+    out = jnp.einsum("bkgts,bskh->btkgh", weights[0].astype(v.dtype), v)
     for prefix, weight in zip((p for p in prefixes if p.gate is None), weights[1:], strict=True):
-        out = out + slot_values(weight, prefix, dtype)
+        out = out + slot_values(weight, prefix, v.dtype)
     # Divided here, where it is smaller than the scores, and by an einsum, whose derivative is a product: XLA is slow at
     # sums over short axes on a CPU.
-    out = jnp.einsum("btkgh,btkg->btkgh", out, jnp.moveaxis(1 / total[..., 0], 3, 1)).astype(v.dtype)
+    if late:
+        out = jnp.einsum("btkgh,btkg->btkgh", out, jnp.moveaxis(1 / total[..., 0], 3, 1))
     for prefix in prefixes:
         if prefix.gate is not None:
             own = slot_values(own_softmax(q, prefix, how), prefix, v.dtype)

@@ -1,7 +1,5 @@
 """Parameter counts: the papers' figures, from shapes alone, and what the command `params` makes of them."""
 
-import math
-
 import pytest
 
 import run
@@ -10,9 +8,10 @@ from prefix_tuning import accounting, models, setup
 from prefix_tuning.errors import UserError
 from prefix_tuning.methods import METHODS
 from prefix_tuning.registry import named
-from prefix_tuning.types import Model, Projection, Sites, Spec, count
+from prefix_tuning.types import count
 
 GPT2 = {"medium": (24, 1024, 16), "large": (36, 1280, 20)}
+BART = {"layers": 12, "attention_heads": 16, "ffn_dim": 4096}  # in each stack
 BART_LARGE = 406_291_456  # parameters
 
 
@@ -23,33 +22,17 @@ def gpt2(size):
 
 
 def bart_large():
-    """What BART-large offers to methods: three attention sites in two stacks of 12 layers, and where it has biases."""
-    D, F, heads = 1024, 4096, (16, 64)
-    sites, layers = {}, {}
-
-    def projections(stack, attentions):
-        shapes = {f"{attention}{name}": ((D,), heads) for attention in attentions for name in "qkv"}
-        shapes |= {f"{attention}o": (heads, (D,)) for attention in attentions}
-        shapes |= {"up": ((D,), (F,)), "down": ((F,), (D,))}
-        for name, (inner, outer) in shapes.items():
-            axes = (None,) * (1 + len(inner) + len(outer))
-            source, size = f"model.{stack}.layers.{{layer}}.{name}", math.prod(outer)
-            kernel = Spec((12, *inner, *outer), axes, "normal", f"{source}.weight")
-            layers[f"{stack}_{name}"] = {
-                "kernel": kernel,
-                "bias": Spec((12, size), axes[:2], "zeros", f"{source}.bias"),
-            }
-        for number in range(len(attentions) + 1):  # a norm for each attention, one for the MLP
-            layers[f"{stack}_norm_{number}"] = {"bias": Spec((12, D), (None, None), "zeros", f"{stack}.{number}.bias")}
-        return {name: Projection(*shape, f"{stack}_{name}") for name, shape in shapes.items()}
-
-    for stack, attentions in (("encoder", {"self": ""}), ("decoder", {"self": "", "cross": "cross_"})):
-        kv = dict.fromkeys(attentions, heads)
-        sites[stack] = Sites(12, D, kv, dict.fromkeys(kv, 1), projections(stack, attentions.values()))
-    norms = {f"norm_{stack}": {"bias": Spec((D,), (None,), "zeros", f"{stack}.bias")} for stack in sites}
-    nothing = dict.fromkeys(("embed", "hidden", "unembed", "prefill", "decode", "probe", "keys_values"))
-    specs = {"layers": layers, **norms}
-    return Model(config={}, sites=sites, specs=specs, vocabulary=50265, max_positions=1024, **nothing)
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in BART.items()}
+    return models.build(
+        {
+            "model_type": "bart",
+            "d_model": 1024,
+            "vocab_size": 50265,
+            "max_position_embeddings": 1024,
+            "decoder_start_token_id": 2,
+        }
+        | sizes
+    )
 
 
 def counts(model, name, **options):

@@ -220,7 +220,10 @@ def test_parts_that_would_do_nothing_raise(twin):
     width = model.sites["decoder"].width
     a, b = jnp.ones((len(kv.k), width, 2)), jnp.ones((len(kv.k), 2, *kv.k.shape[2:]))
     for hooks, message in (
-        (LayerHooks(kv={"self": kv.replace(share=jnp.ones((1, 2)))}), "prefix share at decoder/self is made inside"),
+        (
+            LayerHooks(kv={"self": kv.replace(share=jnp.ones((1, 2)))}),
+            "prefix share and bias at decoder/self are made inside",
+        ),
         (LayerHooks(rows=row), "rows at decoder/self have a mask, gate or share"),
         (LayerHooks(delta={"k": Delta(a, b, keys=jnp.ones(2))}), r"delta keys at decoder/k has shape \(2,\); .* \[3\]"),
     ):

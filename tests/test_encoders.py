@@ -151,7 +151,7 @@ def test_saved_as_transformers_loads(twin, tmp_path):
     close(theirs(again, ROWS), theirs(reference, ROWS), 1e-6)
 
 
-def test_what_an_encoder_refuses(twin, tmp_path):
+def test_what_an_encoder_refuses(twin):
     _, _, model, frozen = twin("bert")
     with pytest.raises(UserError, match="a bert model reads text and does not write it; expected a decoder"):
         prefix_tuning.generate(model, frozen, None, [[1, 2]], max_new_tokens=2)
@@ -163,12 +163,6 @@ def test_what_an_encoder_refuses(twin, tmp_path):
         with pytest.raises(UserError, match=message):
             models.build({"model_type": family, **ENCODERS[family], "type_vocab_size": 2, **entry})
     kv = KV(jnp.ones((3, P, 2, 5)), jnp.ones((3, P, 2, 5)))
-    prefix = Adaptation(encoder=LayerHooks(kv={"self": kv}), shift=jnp.int32(P))
-    with pytest.raises(UserError, match="prefixes of decoders; this model has the stacks encoder"):
-        prefix_tuning.save_adapter(tmp_path / "adapter", prefix, model)
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}')
-    with pytest.raises(UserError, match="prefixes of decoders; this model has the stacks encoder"):
-        prefix_tuning.load_adapter(tmp_path, model, frozen)
     with pytest.raises(UserError, match="this model has no decoder to adapt; valid: encoder"):
         model.hidden(frozen, Adaptation(LayerHooks(kv={"self": kv})), batch_of(ROWS))
 

@@ -103,7 +103,7 @@ def test_probe_is_the_attention_that_the_slots_get(twin, family):
     reference, _, model, frozen = twin(family)
     adaptation = random_prefix(model, 0)
     batch: Batch = one_a_row([(ROW, [1])])
-    found = jax.jit(model.probe)(frozen, adaptation, batch)["mass"]
+    found = jax.jit(model.probe)(frozen, adaptation, batch)["decoder"]["self"]["mass"]
     theirs = [layer[0, :, :, :P].mean(1).numpy() for layer in prefixed_reference(reference, adaptation).attentions]
     close([*np.asarray(found).reshape(len(theirs), -1, P)], theirs)
     assert batch_logits(model, frozen, adaptation, batch).shape == (1, len(ROW), V)

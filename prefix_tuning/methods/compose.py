@@ -68,7 +68,8 @@ def make(
         kept = {name: method.stored(frozen, trainable[name]) for name, method in made.items()}
         return kept | ({"gates": trainable["gates"]} if gates else {})
 
-    return Method(init_fn, bind, prepare, stored, templates[0] if templates else "{prompt}")
+    template = templates[0] if templates else "{prompt}"
+    return Method(init_fn, bind, prepare=prepare, stored=stored, template=template)
 
 
 def fresh_gates(key: Array, model: Model, adaptation: Adaptation) -> Params:

@@ -211,7 +211,7 @@ def make(
         return tree
 
     plain = reparametrisation is None and layers is None and not frozen_slots and not gates
-    return Method(init_fn, bind, prepare, slots, adopt=adopt if plain else None)
+    return Method(init_fn, bind, prepare=prepare, stored=slots, adopt=adopt if plain else None)
 
 
 def split(table: Array) -> dict[str, Array]:

@@ -242,6 +242,13 @@ def write(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) 
     """Writes a safetensors file, whole or not at all, for all to read that may read what this process writes."""
     scratch = file.with_name(file.name + ".tmp")
     safetensors.numpy.save_file(tensors, scratch, metadata=metadata)
+    # Its metadata come in any order; sorted, the same run writes the same bytes.
+    with scratch.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        opened.seek(8)
+        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
     own = os.umask(0)
     os.umask(own)
     scratch.chmod(0o666 & ~own)  # safetensors lets the owner alone read it
