@@ -90,11 +90,10 @@ def sweep(file: str, flags: list[str], workdir: str) -> None:
     module = load_module(path)
     if not hasattr(module, "sweep"):
         raise UserError(f"{path} has no sweep(add), which lists the runs")
-    planned = library.plan(module.sweep, arg, module.get_config)
+    planned = library.plan(module.sweep, path, arg, module.get_config)
 
     def command(one: library.Planned) -> list[str]:
-        config = f"--config={path}" + (f":{one.arg}" if one.arg else "")
-        return [sys.executable, str(ROOT / "run.py"), "train", config, *flags, *one.flags]
+        return [sys.executable, str(ROOT / "run.py"), "train", *one.flags[:1], *flags, *one.flags[1:]]
 
     print(library.run_all(planned, command, Path(workdir)))
 

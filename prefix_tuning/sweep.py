@@ -19,19 +19,24 @@ class Planned(NamedTuple):
     """One run of a sweep."""
 
     name: str  # of its folder below the sweep's
+    file: str  # the config's
     arg: str  # the config's argument
     overrides: dict[str, Any]  # "section.key" -> value
 
     @property
     def flags(self) -> list[str]:
-        """The overrides as `run.py train` takes them."""
-        return [f"--config.{key}={value}" for key, value in self.overrides.items()]
+        """The config and the overrides as `run.py train` takes them."""
+        config = f"--config={self.file}" + (f":{self.arg}" if self.arg else "")
+        return [config, *(f"--config.{key}={value}" for key, value in self.overrides.items())]
 
 
 def plan(
-    sweep: Callable[[Callable], None], arg: str, get_config: Callable[[str | None], config_dict.ConfigDict]
+    sweep: Callable[[Callable], None],
+    file: str,
+    arg: str,
+    get_config: Callable[[str | None], config_dict.ConfigDict],
 ) -> list[Planned]:
-    """The runs that `sweep(add)` lists by `add(name, {"section.key": value}, arg="method=lora")`.
+    """The runs of a config file that its `sweep(add)` lists by `add(name, {"section.key": value}, arg="method=lora")`.
 
     A run without an `arg` takes the sweep's own.  Raises `UserError`, before anything is run, for names that are no
     folders' or come twice, and for overrides that the config does not take.
@@ -45,7 +50,7 @@ def plan(
             )
         if any(name == other.name for other in planned):
             raise UserError(f"the sweep has two runs called {name!r}")
-        planned.append(Planned(name, arg, dict(overrides or {})))
+        planned.append(Planned(name, file, arg, dict(overrides or {})))
 
     sweep(add)
     if not planned:

@@ -222,7 +222,7 @@ def test_parts_that_would_do_nothing_raise(twin):
     for hooks, message in (
         (
             LayerHooks(kv={"self": kv.replace(share=jnp.ones((1, 2)))}),
-            "prefix share and bias at decoder/self are made inside",
+            "share and bias at decoder/self are made inside",
         ),
         (LayerHooks(rows=row), "rows at decoder/self have a mask, gate or share"),
         (LayerHooks(delta={"k": Delta(a, b, keys=jnp.ones(2))}), r"delta keys at decoder/k has shape \(2,\); .* \[3\]"),

@@ -57,13 +57,14 @@ def listed(*added):
         for one in added:
             add(*one[:2], **(one[2] if len(one) > 2 else {}))
 
-    return sweep.plan(lists, "quick", lambda arg: run.load_config(f"configs/quickstart.py:{arg or ''}"))
+    config = "configs/quickstart.py"
+    return sweep.plan(lists, config, "quick", lambda arg: run.load_config(f"{config}:{arg or ''}"))
 
 
 def test_runs_have_the_sweeps_argument_or_their_own():
     one, two = listed(("a", {"method.length": 3}), ("b", {}, {"arg": "method=lora"}))
-    assert one == sweep.Planned("a", "quick", {"method.length": 3})
-    assert one.flags == ["--config.method.length=3"]
+    assert one == sweep.Planned("a", "configs/quickstart.py", "quick", {"method.length": 3})
+    assert one.flags == ["--config=configs/quickstart.py:quick", "--config.method.length=3"]
     assert two.arg == "method=lora"
 
 
@@ -93,7 +94,7 @@ def test_a_config_without_a_sweep(capsys, tmp_path):
 
 def test_a_stopped_run_stops_the_sweep(tmp_path):
     """With what is done kept; the next run is not begun."""
-    planned = [sweep.Planned(name, "", {}) for name in ("one", "two")]
+    planned = [sweep.Planned(name, "config.py", "", {}) for name in ("one", "two")]
     stopping = lambda one: [sys.executable, "-c", "import sys; sys.exit(130)"]  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
         sweep.run_all(planned, stopping, tmp_path)
@@ -103,5 +104,5 @@ def test_a_stopped_run_stops_the_sweep(tmp_path):
 
 def test_the_shipped_sweep_is_of_lengths():
     module = run.load_module("configs/e2e_smollm2.py")
-    planned = sweep.plan(module.sweep, "", module.get_config)
+    planned = sweep.plan(module.sweep, "configs/e2e_smollm2.py", "", module.get_config)
     assert [one.overrides["method.length"] for one in planned] == [1, 1, 5, 5, 10, 10, 20, 20, 40, 40]
