@@ -8,28 +8,22 @@ differently when groups of references differ in size; papers report the default,
 import math
 import re
 import subprocess
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase
 
 from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.meteor import meteor as coco_meteor
 from pycocoevalcap.rouge.rouge import Rouge
 
+from prefix_tuning.metrics.absent import say_once
+from prefix_tuning.metrics.meteor import GET_JAVA, meteor
 from prefix_tuning.metrics.ptb import java_tokens, python_tokens
 
-METEOR_JAR = Path(coco_meteor.__file__).with_name(coco_meteor.METEOR_JAR)
-GET_JAVA = "install Java 8 or newer (`apt install default-jre-headless`, or adoptium.net) so that `java` runs"
 _LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
-_WARNED: set[str] = set()
 
 
-def e2e(
-    predictions: list[str], references: list[list[str]], sources: list[str] | None = None
-) -> dict[str, float | None]:
+def e2e(predictions: list[str], references: list[list[str]], *_: list[str] | None) -> dict[str, float | None]:
     """BLEU, METEOR and ROUGE-L from 0 to 1, NIST in bits, CIDEr from 0 to 10, as the official scorer prints them.
 
     METEOR is None without Java; so are ROUGE-L and CIDEr where a text is too odd for the tokeniser in Python.  A
@@ -96,11 +90,11 @@ def mteval_tokens(text: str) -> list[str]:
 
 
 def coco(predictions: list[str], references: list[list[str]]) -> dict[str, float | None]:
-    """METEOR (W14-3348 in the ACL anthology), ROUGE-L (W04-1013) and CIDEr (https://arxiv.org/abs/1411.5726)."""
+    """METEOR, ROUGE-L (W04-1013) and CIDEr (https://arxiv.org/abs/1411.5726)."""
     scores, without, reason = dict.fromkeys(("meteor", "rouge_l", "cider")), ["METEOR"], ""
     try:
         texts, groups = _tokenise(java_tokens, predictions, references)
-        scores["meteor"] = meteor(texts, groups)
+        (scores["meteor"],) = meteor(texts, groups, [range(len(texts))])
     except (OSError, subprocess.SubprocessError) as error:
         reason = f"it needs Java ({error})"
         try:
@@ -109,37 +103,12 @@ def coco(predictions: list[str], references: list[list[str]]) -> dict[str, float
             texts, without = None, ["METEOR", "ROUGE-L", "CIDEr"]
             reason = f"they need Java ({error}; {refusal})"
     if reason:
-        _warn_once(" and ".join(without), reason)
+        say_once(" and ".join(without), f"{reason}; {GET_JAVA}")
     if texts is not None:
         found, right = {i: [text] for i, text in enumerate(texts)}, dict(enumerate(groups))
         scores["rouge_l"] = float(Rouge().compute_score(right, found)[0])
         scores["cider"] = float(Cider().compute_score(right, found)[0])
     return scores
-
-
-def meteor(texts: list[str], groups: list[list[str]]) -> float:
-    """Corpus METEOR 1.5, 0 to 1, of tokenised texts; an `OSError` or a `SubprocessError` where Java does not run.
-
-    The package's own class is not used: it leaves a full pipe of warnings unread, and a lock held after a failure.
-    """
-    command = ["java", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
-    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "encoding": "utf-8"}
-    with subprocess.Popen(command, **pipe) as process:
-
-        def ask(*fields: str) -> str:
-            # "|||" parts the fields of a request, and nothing in a text may look like it.
-            line = " ||| ".join(re.sub(r"\|{3,}", " ", field) for field in fields)
-            print(line, file=process.stdin, flush=True)
-            return answer()
-
-        def answer() -> str:
-            if line := process.stdout.readline():
-                return line.strip()
-            raise subprocess.SubprocessError("METEOR stopped without an answer")
-
-        statistics = [ask("SCORE", *group, text) for text, group in zip(texts, groups, strict=True)]
-        ask("EVAL", *statistics)
-        return [float(answer()) for _ in texts][-1]  # a score for each text came first, the corpus's comes last
 
 
 def _tokenise(
@@ -156,10 +125,3 @@ def _ngrams(tokens: list[str]) -> Counter:
 def _line(text: str) -> str:
     """The text on one line, because both Java programs read lines."""
     return " ".join(text.splitlines()).strip()
-
-
-def _warn_once(scores: str, reason: str) -> None:
-    """Once per process and set of scores: the metrics run after every evaluation, and the reason stays."""
-    if scores not in _WARNED:
-        _WARNED.add(scores)
-        warnings.warn(f"{scores} will be null: {reason}; {GET_JAVA}", stacklevel=2)

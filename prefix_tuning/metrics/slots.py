@@ -18,7 +18,9 @@ def values(source: str) -> list[str]:
     return [value.strip() for value in next(filter(None, found), []) if value.strip()]
 
 
-def slots(predictions: list[str], references: list[list[str]], sources: list[str] | None = None) -> dict[str, float]:
+def slots(
+    predictions: list[str], references: list[list[str]], sources: list[str] | None = None, *_: list[str] | None
+) -> dict[str, float]:
     """The share of all slot values, 0 to 100, that their prediction repeats as whole words, whatever the case.
 
     A value that good text never repeats ("family friendly : yes") keeps even the references below 100.  A `ValueError`
