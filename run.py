@@ -53,17 +53,16 @@ def generate(workdir: str, input: str, output: str) -> None:
     print(f"{api.generate_file(workdir, input, output)} lines written to {output}")
 
 
-def score(metrics: str, predictions: str, references: str, sources: str | None) -> None:
+def score(metrics: str, predictions: str, references: str, sources: str | None, groups: str | None) -> None:
     """Scores one file against another."""
     from prefix_tuning import metrics as library
     from prefix_tuning.errors import UserError
     from prefix_tuning.files import read_groups, read_text
 
     lines = read_text(predictions).splitlines()
-    groups = read_groups(references)
-    given = None if sources is None else read_text(sources).splitlines()
+    columns = [None if file is None else read_text(file).splitlines() for file in (sources, groups)]
     try:
-        print(json.dumps(library.score(metrics.split(","), lines, groups, given), indent=2))
+        print(json.dumps(library.score(metrics.split(","), lines, read_groups(references), *columns), indent=2))
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -144,7 +143,7 @@ COMMANDS = {
     ),
     "score": Command(
         "predictions one a line, references in groups parted by an empty line",
-        {"metrics": REQUIRED, "predictions": REQUIRED, "references": REQUIRED, "sources": None},
+        {"metrics": REQUIRED, "predictions": REQUIRED, "references": REQUIRED, "sources": None, "groups": None},
         score,
     ),
     "export": Command(

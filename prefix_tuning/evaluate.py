@@ -75,8 +75,9 @@ def make_generator(base: Base, batch_size: int, seed: int, check: Callable) -> W
 
 def score(names: Sequence[str], predictions: Sequence[str], split: Split) -> dict[str, float | None]:
     """The metrics of these predictions against the split's references."""
+    columns = {name: list(split.records[name]) for name in split.records.column_names}
     try:
-        return metrics.score(names, list(predictions), list(split.records["targets"]), list(split.records["source"]))
+        return metrics.score(names, list(predictions), columns["targets"], columns["source"], columns.get("group"))
     except ValueError as error:
         raise UserError(str(error)) from error
 

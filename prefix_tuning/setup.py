@@ -71,7 +71,7 @@ class Split(NamedTuple):
     """Records to answer and score."""
 
     prompts: list[list[int]] | tasks.Encoded
-    records: datasets.Dataset  # columns source, targets
+    records: datasets.Dataset  # columns source, targets, and perhaps group, which some metrics tell apart
     pairs: list[pipeline.Tokens] | list[pipeline.Example]  # for the loss
 
 

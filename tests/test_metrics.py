@@ -222,6 +222,10 @@ def test_every_metric_takes_empty_and_foreign_predictions(name, no_java):
         ((["bleu"], ["a", "b"], [["a"], []]), "group 2 of 2 has no reference"),
         ((["slots"], ["a"], [["a"]]), "needs the sources"),
         ((["slots"], ["a"], [["a"]], ["a", "b"]), "1 predictions, but 2 sources"),
+        ((["webnlg"], ["a"], [["a"]], None, ["seen", "unseen"]), "1 predictions, but 2 groups"),
+        ((["webnlg"], ["a"], [["a"]], None, ["new"]), "group 'new' of record 1; valid: seen, unseen"),
+        ((["webnlg"], ["a", "b"], [["a"], ["", " "]]), "group 2 of 2 has only blank references"),
+        ((["dart"], ["a"], [["\n"]]), "group 1 of 1 has only blank references"),
         ((["slots"], ["a"], [["a"]], ["text"]), "no slot in any of 1 sources"),
     ],
 )
