@@ -81,8 +81,9 @@ def export(workdir: str, format: str, output: str, combine: str, weights: str | 
     print(f"written to {output}")
 
 
-def sweep(file: str, flags: list[str], workdir: str) -> None:
+def sweep(file: str, flags: list[str], workdir: str, launcher: str, slurm: str | None) -> None:
     """Runs what the config's sweep(add) lists and prints the table."""
+    from prefix_tuning import launch
     from prefix_tuning import sweep as library
     from prefix_tuning.errors import UserError
 
@@ -92,10 +93,21 @@ def sweep(file: str, flags: list[str], workdir: str) -> None:
         raise UserError(f"{path} has no sweep(add), which lists the runs")
     planned = library.plan(module.sweep, path, arg, module.get_config)
 
-    def command(one: library.Planned) -> list[str]:
-        return [sys.executable, str(ROOT / "run.py"), "train", *one.flags[:1], *flags, *one.flags[1:]]
+    root, runs = Path(workdir), {one.name: one for one in planned}
 
-    print(library.run_all(planned, command, Path(workdir)))
+    def command(name: str) -> list[str]:
+        config, *overrides = runs[name].flags
+        own = [config, *flags, *overrides, f"--workdir={root / name}"]
+        return [sys.executable, str(ROOT / "run.py"), "train", *own]
+
+    print(library.run_all(planned, launch.make(launcher, slurm, command, root), root))
+
+
+def report(workdir: str, output: str | None) -> None:
+    """Writes one page about every run below a folder."""
+    from prefix_tuning import report as library
+
+    print(f"written to {library.write(workdir, output)}")
 
 
 def import_adapter(config: dict[str, Any], input: str, workdir: str) -> None:
@@ -153,9 +165,14 @@ COMMANDS = {
         export,
     ),
     "sweep": Command(
-        "every run that the config's sweep(add) lists; the same command goes on",
-        {"config": REQUIRED, "workdir": REQUIRED},
+        "every run that the config's sweep(add) lists, here or in Slurm's queue; the same command goes on",
+        {"config": REQUIRED, "workdir": REQUIRED, "launcher": "local", "slurm": None},
         sweep,
+    ),
+    "report": Command(
+        "every run below a folder as one HTML page: table, curves, settings, samples",
+        {"workdir": REQUIRED, "output": None},
+        report,
     ),
     "import": Command(
         "an adapter made elsewhere, as the start of a run with this config",

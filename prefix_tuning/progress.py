@@ -127,6 +127,7 @@ class Meter:
         self.bar.set_postfix_str(line)
         if self.bar.disable:
             left = (self.total - step) * self.seconds / step
+            # `state.PROGRESS` reads this.
             say(f"step {step}/{self.total}: {line}, {left / 60:.1f} min left")
 
     def close(self) -> None:
