@@ -32,9 +32,9 @@ def train(config: dict[str, Any], workdir: str) -> None:
     from prefix_tuning.train import train as run
 
     if "compare" in config:
-        from prefix_tuning.compare import compare
+        from prefix_tuning.variants import train_variants
 
-        print(compare(config, workdir))
+        print(train_variants(config, workdir))
     else:
         print(progress.table(run(config, workdir)))
 

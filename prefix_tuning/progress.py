@@ -154,6 +154,16 @@ def shown(value: float | None) -> str:
     return "null" if value is None else f"{value:.4f}"
 
 
+def aligned(rows: list[list[str]]) -> list[str]:
+    """A line of text for each row: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [f"{c:>{w}}" if i else f"{c:<{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells))
+    return lines
+
+
 def table(summary: dict[str, Any]) -> str:
     """The end of a run as text: untuned against tuned, what it took, where everything lies."""
     untuned, tuned = summary["untuned"], summary["tuned"]

@@ -18,7 +18,7 @@ LEVELS = (
     ("setup", "progress"),
     ("evaluate", "accounting", "publish"),
     ("train",),
-    ("api", "compare", "sweep"),
+    ("api", "sweep", "variants"),
     ("inspection",),
     ("run",),
     ("experiments",),

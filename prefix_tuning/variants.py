@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.progress import say, shown
+from prefix_tuning.progress import aligned, say, shown
 from prefix_tuning.setup import SECTIONS
 from prefix_tuning.train import train
 
 
-def compare(config: dict[str, Any], workdir: str | Path) -> str:
+def train_variants(config: dict[str, Any], workdir: str | Path) -> str:
     """Trains each variant of config["compare"] in its own folder below `workdir`; returns the table of what came out.
 
     A variant is {section: options} that replace or join those of the config.  The same command again goes on.  Raises
@@ -44,9 +44,4 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
             f"{summary['seconds'] / 60:.1f}",
         ]
         rows.append([name, *(shown(summary["tuned"][metric]) for metric in names), *cost])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "  ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return "\n".join([*lines, f"{first['records']} records of the {first['split']} split"])
+    return "\n".join([*aligned(rows), f"{first['records']} records of the {first['split']} split"])
