@@ -5,16 +5,18 @@ METEOR, ROUGE-L and CIDEr.  Its option `-p` replaces the Perl by Python, whose N
 differently when groups of references differ in size; papers report the default, and so does this file.
 """
 
+import contextlib
 import math
 import re
 import subprocess
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase
 
+import numpy as np
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor import meteor as coco_meteor
 from pycocoevalcap.rouge.rouge import Rouge
@@ -35,13 +37,19 @@ def e2e(
     METEOR is None without Java; so are ROUGE-L and CIDEr where a text is too odd for the tokeniser in Python.  A
     `ValueError` where all references of a prediction are blank.
     """
+    predictions, references = lines(predictions, references)
+    return bleu_nist(predictions, references) | coco(predictions, references)
+
+
+def lines(predictions: list[str], references: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """The same texts on one line each, less empty references; a `ValueError` where all of a group are blank."""
     predictions = [_line(text) for text in predictions]
     # An empty line parts the groups in the official file format, so that no reference can be empty there.
     references = [list(filter(None, map(_line, group))) for group in references]
     for number, group in enumerate(references, start=1):
         if not any(re.search(r"\w", text) for text in group):
             raise ValueError(f"group {number} of {len(references)} has only blank references")
-    return bleu_nist(predictions, references) | coco(predictions, references)
+    return predictions, references
 
 
 def bleu_nist(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
@@ -51,23 +59,47 @@ def bleu_nist(predictions: list[str], references: list[list[str]]) -> dict[str, 
     everything = [tokens for group in groups for tokens in group]
     seen = Counter({(): sum(map(len, everything))})
     for tokens in everything:
-        seen.update(_ngrams(tokens))
+        seen.update(ngrams(tokens))
 
     matches, information, totals = [0] * 6, [0.0] * 6, [0] * 6  # by the length of the n-gram
     closest = 0  # the summed length of those references that are closest in length to their prediction
     for tokens, group in zip(texts, groups, strict=True):
-        most = Counter()
-        for reference in group:
-            most |= _ngrams(reference)
-        for ngram, count in (_ngrams(tokens) & most).items():
-            # Perl takes the string "0" for false, and so the script for no context at all.
-            context = () if ngram[:-1] == ("0",) else ngram[:-1]
+        for ngram, count in matched(tokens, group).items():
             matches[len(ngram)] += count
-            information[len(ngram)] += count * math.log2(seen[context] / seen[ngram])
+            information[len(ngram)] += count * math.log2(seen[context(ngram)] / seen[ngram])
         for n in range(1, 6):
             totals[n] += max(len(tokens) - n + 1, 0)
-        closest += min((abs(len(reference) - len(tokens)), len(reference)) for reference in group)[1]
+        closest += nearest(tokens, group)
+    ratio = totals[1] * (len(everything) / len(groups)) / seen[()]
+    return from_sums(matches, information, totals, closest, ratio)
 
+
+def matched(tokens: list[str], group: list[list[str]]) -> Counter:
+    """How many of a prediction's n-grams are in its references, each as often as in the one that has most of it."""
+    most = Counter()
+    for reference in group:
+        most |= ngrams(reference)
+    return ngrams(tokens) & most
+
+
+def context(ngram: tuple[str, ...]) -> tuple[str, ...]:
+    """The n-gram whose count an n-gram's information is relative to."""
+    # Perl takes the string "0" for false, and so the script for no context at all.
+    return () if ngram[:-1] == ("0",) else ngram[:-1]
+
+
+def nearest(tokens: list[str], group: list[list[str]]) -> int:
+    """The length of the reference that is closest in length, the shorter of two."""
+    return min((abs(len(reference) - len(tokens)), len(reference)) for reference in group)[1]
+
+
+def from_sums(
+    matches: Sequence[float], information: Sequence[float], totals: Sequence[float], closest: float, ratio: float
+) -> dict[str, float]:
+    """BLEU and NIST from what is summed over a corpus, [6] each and indexed by the n-gram's length.
+
+    `ratio` is that of the predictions' length to the mean length of the references.
+    """
     smoothed, logarithm = 1, 0.0
     for n in range(1, 5):
         if totals[n] and not matches[n]:
@@ -77,7 +109,6 @@ def bleu_nist(predictions: list[str], references: list[list[str]]) -> dict[str, 
             logarithm += math.log(matches[n] / totals[n])
     brevity = math.exp(min(0, 1 - closest / totals[1])) if totals[1] else 0.0
 
-    ratio = totals[1] * (len(everything) / len(groups)) / seen[()]
     beta = math.log(0.5) / math.log(1.5) ** 2  # half the score at two thirds of the length
     penalty = math.exp(beta * math.log(ratio) ** 2) if 0 < ratio < 1 else float(ratio >= 1)
     nist = penalty * sum(information[n] / max(totals[n], 1) for n in range(1, 6))
@@ -95,16 +126,21 @@ def mteval_tokens(text: str) -> list[str]:
     return re.sub(r"([0-9])(-)", r"\1 \2 ", text).split()
 
 
+def ngrams(tokens: list[str], longest: int = 5) -> Counter:
+    """How often each n-gram of up to `longest` words occurs."""
+    return Counter(tuple(tokens[i : i + n]) for n in range(1, longest + 1) for i in range(len(tokens) - n + 1))
+
+
 def coco(predictions: list[str], references: list[list[str]]) -> dict[str, float | None]:
     """METEOR (W14-3348 in the ACL anthology), ROUGE-L (W04-1013) and CIDEr (https://arxiv.org/abs/1411.5726)."""
     scores, without, reason = dict.fromkeys(("meteor", "rouge_l", "cider")), ["METEOR"], ""
     try:
-        texts, groups = _tokenise(java_tokens, predictions, references)
+        texts, groups = tokenise(java_tokens, predictions, references)
         scores["meteor"] = meteor(texts, groups)
     except (OSError, subprocess.SubprocessError) as error:
         reason = f"it needs Java ({error})"
         try:
-            texts, groups = _tokenise(python_tokens, predictions, references)
+            texts, groups = tokenise(python_tokens, predictions, references)
         except ValueError as refusal:
             texts, without = None, ["METEOR", "ROUGE-L", "CIDEr"]
             reason = f"they need Java ({error}; {refusal})"
@@ -118,7 +154,45 @@ def coco(predictions: list[str], references: list[list[str]]) -> dict[str, float
 
 
 def meteor(texts: list[str], groups: list[list[str]]) -> float:
-    """Corpus METEOR 1.5, 0 to 1, of tokenised texts; an `OSError` or a `SubprocessError` where Java does not run.
+    """Corpus METEOR 1.5, 0 to 1, of tokenised texts; an `OSError` or a `SubprocessError` where Java does not run."""
+    with meteor_program() as (ask, answer):
+        statistics = [ask("SCORE", *group, text) for text, group in zip(texts, groups, strict=True)]
+        ask("EVAL", *statistics)
+        return [float(answer()) for _ in texts][-1]  # a score for each text came first, the corpus's comes last
+
+
+def meteor_statistics(texts: list[str], groups: list[list[str]]) -> np.ndarray:
+    """What METEOR counts in each text, [N 23]; `meteor_scores` turns sums over a corpus into the corpus's score."""
+    with meteor_program() as (ask, _):
+        lines = [ask("SCORE", *group, text) for text, group in zip(texts, groups, strict=True)]
+    statistics = np.array([line.split() for line in lines], float)
+    whole = (statistics[:, 20:] == np.stack([np.ones(len(texts)), *statistics[:, :2].T], axis=1)).all(1)
+    statistics[whole, 20] = 0  # a text that is its reference has no chunk when the program adds it to others
+    return statistics
+
+
+def meteor_scores(sums: np.ndarray) -> np.ndarray:
+    """METEOR 1.5 for English of every row of sums [S 23] (https://aclanthology.org/W14-3348, equations 1 to 5).
+
+    A row holds, of the prediction and then of the reference: words, function words, and for each matcher (same word,
+    stem, synonym, paraphrase) matched content and function words; then chunks and all matched words.
+    """
+    alpha, beta, gamma, delta = 0.85, 0.2, 0.6, 0.75
+    kinds = np.array([1.0, 0.6, 0.8, 0.6])
+    matches = sums[:, 4:20].reshape(-1, 4, 2, 2)  # [S matcher content/function prediction/reference]
+    found = np.einsum("sktp,k,t->sp", matches, kinds, [delta, 1 - delta])
+    weight = delta * (sums[:, :2] - sums[:, 2:4]) + (1 - delta) * sums[:, 2:4]
+    precision, recall = np.divide(found, weight, out=np.zeros_like(found), where=weight > 0).T
+    both = alpha * precision + (1 - alpha) * recall
+    mean = np.divide(precision * recall, both, out=np.zeros_like(both), where=both > 0)
+    matched = sums[:, 21:].mean(1)
+    chunks = np.divide(sums[:, 20], matched, out=np.zeros_like(matched), where=matched > 0)
+    return mean * (1 - gamma * chunks**beta)
+
+
+@contextlib.contextmanager
+def meteor_program() -> Iterator[tuple[Callable[..., str], Callable[[], str]]]:
+    """(ask, answer) of the running program: a request's first line of answer, and the lines that follow.
 
     The package's own class is not used: it leaves a full pipe of warnings unread, and a lock held after a failure.
     """
@@ -137,20 +211,15 @@ def meteor(texts: list[str], groups: list[list[str]]) -> float:
                 return line.strip()
             raise subprocess.SubprocessError("METEOR stopped without an answer")
 
-        statistics = [ask("SCORE", *group, text) for text, group in zip(texts, groups, strict=True)]
-        ask("EVAL", *statistics)
-        return [float(answer()) for _ in texts][-1]  # a score for each text came first, the corpus's comes last
+        yield ask, answer
 
 
-def _tokenise(
+def tokenise(
     tokens: Callable[[list[str]], list[str]], predictions: list[str], references: list[list[str]]
 ) -> tuple[list[str], list[list[str]]]:
+    """Predictions and references through one call of a tokeniser, which may be a program that takes long to start."""
     flat = iter(tokens([text for group in references for text in group]))
     return tokens(predictions), [list(islice(flat, len(group))) for group in references]
-
-
-def _ngrams(tokens: list[str]) -> Counter:
-    return Counter(tuple(tokens[i : i + n]) for n in range(1, 6) for i in range(len(tokens) - n + 1))
 
 
 def _line(text: str) -> str:

@@ -9,17 +9,17 @@ from rouge_score.rouge_scorer import RougeScorer
 def bleu(predictions: list[str], references: list[list[str]], sources: list[str] | None = None) -> dict[str, float]:
     """Corpus BLEU, 0 to 100, with sacreBLEU's own tokeniser (https://arxiv.org/abs/1804.08771)."""
     # `force` only silences a warning that the text looks tokenised, which E2E's is.
-    return {"sacrebleu": sacrebleu.corpus_bleu(predictions, _columns(references), force=True).score}
+    return {"sacrebleu": sacrebleu.corpus_bleu(predictions, columns(references), force=True).score}
 
 
 def chrf(predictions: list[str], references: list[list[str]], sources: list[str] | None = None) -> dict[str, float]:
     """Corpus chrF2, 0 to 100: the F-score of character n-grams (https://aclanthology.org/W15-3049)."""
-    return {"chrf": sacrebleu.corpus_chrf(predictions, _columns(references)).score}
+    return {"chrf": sacrebleu.corpus_chrf(predictions, columns(references)).score}
 
 
 def ter(predictions: list[str], references: list[list[str]], sources: list[str] | None = None) -> dict[str, float]:
     """Corpus TER, edits per 100 words of reference, so lower is better (https://aclanthology.org/2006.amta-papers.25)."""
-    return {"ter": sacrebleu.corpus_ter(predictions, _columns(references)).score}
+    return {"ter": sacrebleu.corpus_ter(predictions, columns(references)).score}
 
 
 def rouge(predictions: list[str], references: list[list[str]], sources: list[str] | None = None) -> dict[str, float]:
@@ -39,6 +39,6 @@ def exact_match(
     return {"exact_match": 100 * hits / len(predictions)}
 
 
-def _columns(references: list[list[str]]) -> list[list[str | None]]:
+def columns(references: list[list[str]]) -> list[list[str | None]]:
     """Groups of references as sacreBLEU wants them: the first of each, the second of each, None where there is none."""
     return [list(column) for column in zip_longest(*references)]
