@@ -24,6 +24,7 @@ class Command(NamedTuple):
     purpose: str
     options: dict[str, Any]
     run: Callable[..., None]
+    several: str | None = None  # the function's parameter that takes the arguments without a name, if it has one
 
 
 def train(config: dict[str, Any], workdir: str) -> None:
@@ -125,11 +126,25 @@ def params(config: dict[str, Any], file: str, budget: str | None) -> None:
 def inspect(workdir: str, split: str | None, examples: str) -> None:
     """Writes and prints what a trained prefix or prompt does."""
     from prefix_tuning import inspection
+
+    print(inspection.inspect_workdir(workdir, split, at_least_one("examples", examples)))
+
+
+def compare(runs: list[str], split: str | None, metrics: str | None, samples: str, output: str | None) -> None:
+    """Prints what several runs scored and wrote on the same records, and whether the differences are luck."""
+    from prefix_tuning import compare as library
+
+    names = None if metrics is None else metrics.split(",")
+    print(library.compare(runs, split, names, at_least_one("samples", samples), output))
+
+
+def at_least_one(option: str, value: str) -> int:
+    """The value of an option that counts something."""
     from prefix_tuning.errors import UserError
 
-    if not examples.isdigit() or not int(examples):
-        raise UserError(f"--examples={examples!r} must be a number of at least 1")
-    print(inspection.inspect_workdir(workdir, split, int(examples)))
+    if not value.isdecimal() or not int(value):
+        raise UserError(f"--{option}={value!r} must be a number of at least 1")
+    return int(value)
 
 
 COMMANDS = {
@@ -170,6 +185,13 @@ COMMANDS = {
         {"workdir": REQUIRED, "split": None, "examples": "64"},
         inspect,
     ),
+    "compare": Command(
+        "scores over seeds, whether their differences are luck, and what was written, side by side; a RUN is a workdir,"
+        " a folder of several seeds', or theirs with commas between them",
+        {"split": None, "metrics": None, "samples": "1000", "output": None},
+        compare,
+        several="runs",
+    ),
 }
 
 
@@ -189,10 +211,13 @@ def parse(arguments: list[str]) -> tuple[Command, dict[str, Any], bool]:
         if files:
             config = load_config(files[-1])
             config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[name, *rest])
+    values.set_gnu_getopt(command.several is not None)  # arguments without a name may stand before options
     extra = values([name, *rest])[1:]
-    if extra:
+    if extra and command.several is None:
         raise flags.Error(f"unexpected argument {extra[0]!r}; options are given as --name=value")
     given = {option: values[option].value for option in command.options if option != "config"}
+    if command.several is not None:
+        given[command.several] = extra
     if "config" in command.options:
         given["config"] = config and config.to_dict()
         if command.run in (params, sweep):
@@ -237,6 +262,8 @@ def usage() -> str:
     lines = ["python run.py COMMAND --option=value ...   (no command: the quick start)"]
     for name, command in COMMANDS.items():
         options = " ".join(f"--{o}" if d is REQUIRED else f"[--{o}]" for o, d in command.options.items())
+        if command.several is not None:
+            options = f"RUN RUN ... {options}"
         lines.append(f"  {name:9} {options}\n            {command.purpose}")
     return "\n".join(lines)
 

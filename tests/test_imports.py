@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
     ("errors",),
-    ("files", "registry", "template"),
+    ("bootstrap", "files", "page", "registry", "template"),
     ("types",),
     ("nn",),
     ("models", "methods", "objectives", "data", "metrics"),
@@ -18,7 +18,7 @@ LEVELS = (
     ("setup", "progress"),
     ("evaluate", "accounting", "publish"),
     ("train",),
-    ("api", "sweep", "variants"),
+    ("api", "compare", "sweep", "variants"),
     ("inspection",),
     ("run",),
     ("experiments",),
