@@ -26,12 +26,18 @@ class Command(NamedTuple):
     run: Callable[..., None]
 
 
-def train(config: dict[str, Any], workdir: str) -> None:
-    """Prints the summary of a run."""
+def train(config: dict[str, Any], workdir: str, runs: str | None, file: str, flags: list[str]) -> None:
+    """Prints the summary of a run, or of several of its sweep that train together."""
     from prefix_tuning import progress
     from prefix_tuning.train import train as run
+    from prefix_tuning.train import train_together
 
-    if "compare" in config:
+    if runs is not None:
+        planned = [one for one in listed(file) if one.name in chosen(runs, file)]
+        configs = [alone(configured(one, flags)) for one in planned]
+        summaries = train_together(configs, [Path(workdir) / one.name for one in planned])
+        print("\n\n".join(map(progress.table, summaries)))
+    elif "compare" in config:
         from prefix_tuning.compare import compare
 
         print(compare(config, workdir))
@@ -81,8 +87,8 @@ def export(workdir: str, format: str, output: str, combine: str, weights: str | 
     print(f"written to {output}")
 
 
-def sweep(file: str, flags: list[str], workdir: str) -> None:
-    """Runs what the config's sweep(add) lists and prints the table."""
+def listed(file: str) -> list[Any]:
+    """The runs that the sweep(add) of a config FILE[:arg] lists."""
     from prefix_tuning import sweep as library
     from prefix_tuning.errors import UserError
 
@@ -90,7 +96,32 @@ def sweep(file: str, flags: list[str], workdir: str) -> None:
     module = load_module(path)
     if not hasattr(module, "sweep"):
         raise UserError(f"{path} has no sweep(add), which lists the runs")
-    planned = library.plan(module.sweep, path, arg, module.get_config)
+    return library.plan(module.sweep, path, arg, module.get_config)
+
+
+def chosen(names: str, file: str) -> list[str]:
+    """The names in --runs=NAME,NAME; raises `UserError` for one that the sweep does not have."""
+    from prefix_tuning.errors import valid
+
+    known = {one.name for one in listed(file)}
+    return [valid("--runs", name, known) for name in names.split(",")]
+
+
+def configured(one: Any, flags: list[str]) -> dict[str, Any]:
+    """The config of a planned run, with what the command line overrides."""
+    return parse(["train", *one.flags[:1], *flags, *one.flags[1:], "--workdir=unused"])[1]["config"]
+
+
+def alone(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run as it would be by itself: how many train beside it is none of its settings."""
+    return config | {"train": config["train"] | {"population": 1}}
+
+
+def sweep(file: str, flags: list[str], workdir: str) -> None:
+    """Runs what the config's sweep(add) lists and prints the table."""
+    from prefix_tuning import sweep as library
+
+    planned = listed(file)
 
     def command(one: library.Planned) -> list[str]:
         return [sys.executable, str(ROOT / "run.py"), "train", *one.flags[:1], *flags, *one.flags[1:]]
@@ -134,7 +165,9 @@ def inspect(workdir: str, split: str | None, examples: str) -> None:
 
 COMMANDS = {
     "train": Command(
-        "train, evaluate and export; the same command resumes", {"config": REQUIRED, "workdir": REQUIRED}, train
+        "train, evaluate and export; the same command resumes; --runs: several of the config's sweep(add) at once",
+        {"config": REQUIRED, "workdir": REQUIRED, "runs": None},
+        train,
     ),
     "eval": Command("restore, decode, score", {"workdir": REQUIRED, "split": "test"}, evaluate),
     "generate": Command(
@@ -195,10 +228,11 @@ def parse(arguments: list[str]) -> tuple[Command, dict[str, Any], bool]:
     given = {option: values[option].value for option in command.options if option != "config"}
     if "config" in command.options:
         given["config"] = config and config.to_dict()
-        if command.run in (params, sweep):
+        if command.run in (train, params, sweep):
             given["file"] = files[-1] if files else None
         if command.run is sweep:
             given.pop("config")
+        if command.run in (train, sweep):
             given["flags"] = [argument for argument in rest if argument.lstrip("-").startswith("config.")]
     wanted = {o for o, default in command.options.items() if default is REQUIRED}
     missing = [f"--{o}" for o in command.options if o in wanted and not given.get(o, given.get("file"))]

@@ -82,6 +82,7 @@ OPTIONAL = {
     "sublayer": str,
     "part": str,
     "urls": str,
+    "select": str,
     "clip": float,
     "scale": float,
     "shift": bool,
@@ -130,6 +131,16 @@ def method(name: str, **options: dict[str, Any]) -> config_dict.ConfigDict:
 def rate(name: str, rates: dict[str, float]) -> float:
     """A method's learning rate; a composition without one of its own takes the smallest of its parts'."""
     return rates[name] if name in rates else min(rates[part] for part in PRESETS.get(name, (name.split("+"),))[0])
+
+
+def train(**options: Any) -> config_dict.ConfigDict:
+    """The section `train`: what a config says over what is usual."""
+    return section(**{"population": 1, "eval_every": None, "eval_epochs": None} | options)
+
+
+def evaluation(**options: Any) -> config_dict.ConfigDict:
+    """The section `evaluation`: what a config says over what is usual."""
+    return section(**{"select": None, "patience": None} | options)
 
 
 def section(**options: Any) -> config_dict.ConfigDict:

@@ -40,7 +40,7 @@ def get_config(arg=None):
             weight_decay=0.0,
             clip=1.0,
         ),
-        train=common.section(
+        train=common.train(
             batch_size=10,
             epochs=1 if quick else 5,
             examples=100 if quick else None,
@@ -49,11 +49,10 @@ def get_config(arg=None):
             shapes=4,
             prefetch=8,
             log_every=50,
-            eval_every=None,
             checkpoint_every=1000,
             keep=2,
         ),
-        evaluation=common.section(
+        evaluation=common.evaluation(
             metrics=("e2e",),
             batch_size=10,
             split="validation",

@@ -148,7 +148,7 @@ def get_config(arg=None):
             weight_decay=0.0,
             clip=1.0,
         ),
-        train=common.section(
+        train=common.train(
             batch_size=row.batch_size,
             epochs=1 if quick else row.epochs,
             examples=64 if quick else None,
@@ -157,11 +157,10 @@ def get_config(arg=None):
             shapes=4,
             prefetch=8,
             log_every=50,
-            eval_every=None,
             checkpoint_every=1000,
             keep=2,
         ),
-        evaluation=common.section(
+        evaluation=common.evaluation(
             metrics=(task.metric,),
             batch_size=32,
             split="validation",

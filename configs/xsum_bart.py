@@ -62,7 +62,7 @@ def get_config(arg=None):
             weight_decay=0.0,
             clip=1.0,
         ),
-        train=common.section(
+        train=common.train(
             batch_size=batch,
             epochs=1 if quick else epochs,
             examples=56 if quick else None,
@@ -71,11 +71,10 @@ def get_config(arg=None):
             shapes=4,
             prefetch=8,
             log_every=50,
-            eval_every=None,
             checkpoint_every=1000,
             keep=2,
         ),
-        evaluation=common.section(
+        evaluation=common.evaluation(
             metrics=("rouge",),
             batch_size=10,
             split="validation",

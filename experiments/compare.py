@@ -24,7 +24,7 @@ from absl import flags
 
 import run
 from prefix_tuning import parallel, setup
-from prefix_tuning.train import fresh_state
+from prefix_tuning.setup import fresh_state
 from prefix_tuning.train_step import make_train_step
 
 ROOT = Path(__file__).resolve().parent.parent

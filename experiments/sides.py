@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from prefix_tuning import data, parallel, setup
-from prefix_tuning.train import fresh_state
+from prefix_tuning.setup import fresh_state
 from prefix_tuning.train_step import make_train_step
 
 

@@ -16,6 +16,7 @@ LEVELS = (
     ("models", "methods", "objectives", "data", "metrics"),
     ("train_step", "parallel", "decode", "checkpoint", "record", "interop", "optimizer", "heads"),
     ("setup", "progress"),
+    ("population",),
     ("evaluate", "accounting", "publish"),
     ("train",),
     ("api", "compare", "sweep"),

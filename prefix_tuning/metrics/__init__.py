@@ -26,6 +26,11 @@ METRICS: dict[str, Callable[[list[str], list[list[str]], list[str] | None], dict
 }
 
 
+def lower_is_better(name: str) -> bool:
+    """Whether a score that a run is evaluated by gets better by falling."""
+    return name in ("loss", "perplexity") or name.startswith("ter")
+
+
 def score(
     names: Sequence[str],
     predictions: list[str],
