@@ -34,16 +34,17 @@ STARTS = {  # what only says where a method starts, and never what it computes
 def varying(config: dict[str, Any]) -> set[str]:
     """The keys in which runs that train together may differ from this one.
 
-    A prefix's length is not among them where what is drawn, or how the optimizer factors, depends on shapes.
+    Dropout depends on shapes, so that neither the length nor the seed, and with it the batches, can vary beside it; the
+    factors of Adafactor depend on the length.
     """
     method = config["method"]
     parts = method["parts"] if method["name"] == "compose" else {method["name"]: method}
-    keys = {"seed", "optimizer.learning_rate"}
-    for name, options in parts.items():
+    drawn = any(value for key, value in flat(config).items() if key.endswith(".dropout"))
+    keys = {"optimizer.learning_rate"} | (set() if drawn else {"seed"})
+    for name in parts:
         path = f"method.parts.{name}" if method["name"] == "compose" else "method"
         keys |= {f"{path}.{key}" for key in STARTS.get(name, ())}
-        drawn = options.get("dropout") or config["optimizer"].get("name") == "adafactor"
-        if name == "prefix" and not drawn:
+        if name == "prefix" and not drawn and config["optimizer"].get("name") != "adafactor":
             keys.add(f"{path}.length")
     return keys
 
@@ -74,10 +75,10 @@ def groups(configs: Sequence[dict[str, Any]], size: int) -> list[list[int]]:
 
 def check(configs: Sequence[dict[str, Any]], bases: Sequence[setup.Base], runs: Sequence[setup.Run]) -> None:
     """Raises `UserError` unless the runs differ only in where they start, their lengths, rates and seeds."""
-    first = shared(configs[0])
+    first = flat(configs[0])
     for config in configs[1:]:
-        own = shared(config)
-        differing = sorted(key for key in first.keys() | own.keys() if first.get(key) != own.get(key))
+        own, free = flat(config), varying(configs[0]) & varying(config)
+        differing = sorted(k for k in first.keys() | own.keys() if first.get(k) != own.get(k) and k not in free)
         if differing:
             raise UserError(
                 f"runs that train together differ in {', '.join(differing)}; valid: "
@@ -88,9 +89,7 @@ def check(configs: Sequence[dict[str, Any]], bases: Sequence[setup.Base], runs: 
         raise UserError(f"runs that train together take {sorted(steps)} steps; drop train.packing, or train.population")
     forms = [form(base) for base in bases]
     if any(one != forms[0] for one in forms):
-        raise UserError(
-            "runs that train together have parameters of other shapes; only prefixes may, in length"
-        )
+        raise UserError("runs that train together have parameters of other shapes; only prefixes may, in length")
 
 
 def form(base: setup.Base) -> Any:
