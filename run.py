@@ -33,7 +33,7 @@ def train(config: dict[str, Any], workdir: str, runs: str | None, file: str, fla
     from prefix_tuning.train import train_together
 
     if runs is not None:
-        planned = [one for one in listed(file) if one.name in chosen(runs, file)]
+        planned = chosen(runs, listed(file))
         configs = [alone(configured(one, flags)) for one in planned]
         summaries = train_together(configs, [Path(workdir) / one.name for one in planned])
         print("\n\n".join(map(progress.table, summaries)))
@@ -99,12 +99,21 @@ def listed(file: str) -> list[Any]:
     return library.plan(module.sweep, path, arg, module.get_config)
 
 
-def chosen(names: str, file: str) -> list[str]:
-    """The names in --runs=NAME,NAME; raises `UserError` for one that the sweep does not have."""
-    from prefix_tuning.errors import valid
+def chosen(names: str, planned: list[Any]) -> list[Any]:
+    """The planned runs of --runs=NAME,NAME, whose names may have commas in them; raises `UserError` for others."""
+    from prefix_tuning.errors import UserError
 
-    known = {one.name for one in listed(file)}
-    return [valid("--runs", name, known) for name in names.split(",")]
+    found, rest = [], names
+    while rest:
+        hits = [one for one in planned if rest == one.name or rest.startswith(one.name + ",")]
+        if not hits:
+            known = "; ".join(one.name for one in planned)
+            raise UserError(f"--runs: {rest!r} does not begin with a run of the sweep; valid: {known}")
+        found.append(max(hits, key=lambda one: len(one.name)))
+        rest = rest[len(found[-1].name) + 1 :]
+    if len({one.name for one in found}) < len(found) or not found:
+        raise UserError(f"--runs={names!r} names no run, or one twice; expected each once")
+    return found
 
 
 def configured(one: Any, flags: list[str]) -> dict[str, Any]:

@@ -258,7 +258,11 @@ def test_each_leaves_the_workdir_that_it_would_leave_alone(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--runs=length=2,lenth"], "unknown --runs 'lenth'; valid: broken, length=2, length=5"),
+        (
+            ["--runs=length=2,lenth"],
+            "--runs: 'lenth' does not begin with a run of the sweep; valid: length=2; length=5",
+        ),
+        (["--runs=length=2,length=2"], "--runs='length=2,length=2' names no run, or one twice"),
         (["--config.train.population=3"], "train.population=3 is how many runs of a sweep train at once; expected 1"),
     ],
 )
@@ -267,3 +271,9 @@ def test_what_cannot_be_run_together_is_said_first(tmp_path, capsys, options, me
     assert run.main(["train", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/w", *options]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
+
+
+def test_names_of_runs_may_have_commas():
+    planned = run.listed("configs/e2e_smollm2.py")
+    names = ("length=10,seed=1", "length=1,seed=0")
+    assert tuple(one.name for one in run.chosen(",".join(names), planned)) == names
