@@ -12,6 +12,10 @@ SCHEDULES = {
 OPTIMIZERS = {
     "adamw": lambda rate, decay: optax.adamw(rate, weight_decay=decay),
     "adafactor": lambda rate, decay: optax.adafactor(rate, weight_decay_rate=decay or None),
+    # Without the step's size following that of the parameter, as prompts are tuned (Lester et al. 2021).
+    "adafactor_unscaled": lambda rate, decay: optax.adafactor(
+        rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None
+    ),
     "sgd": lambda rate, decay: optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate)),
 }
 
