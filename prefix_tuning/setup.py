@@ -31,6 +31,7 @@ class Train(NamedTuple):
     batch_size: int  # examples per step (rows, when packing), over all devices and micro-batches
     epochs: int
     examples: int | None = None  # pairs drawn from the training split; None takes all
+    draw: int | None = None  # the seed of that draw; None is the run's, so that a subset may have several runs
     accumulate: int = 1  # micro-batches per step
     packing: bool = False
     shapes: int = 4  # padded lengths that batches may have
@@ -163,7 +164,7 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
         valid("metric", name, METRICS)
     pairs = load_split(config, "train")
     if train.examples is not None:
-        pairs = said(data.subsample, pairs, train.examples, config["seed"])
+        pairs = said(data.subsample, pairs, train.examples, config["seed"] if train.draw is None else train.draw)
     if train.packing and one_text_a_row(base.method, base.model):
         raise UserError("train.packing puts several texts in a row, and an encoder's prompt belongs to one; drop it")
     examples = encode(base, pairs)

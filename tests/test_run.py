@@ -444,3 +444,17 @@ def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to workdir"):
         loop.train(settings(folder), tmp_path / "file" / "w")
+
+
+def test_seeds_may_share_the_pairs_that_are_drawn(folder):
+    """`train.draw` is the seed of the draw; without it every seed has pairs of its own."""
+
+    def pairs(seed, draw):
+        config = settings(folder, seed=seed, train__examples=8)
+        config["train"]["draw"] = draw
+        batch = next(iter(setup.make_run(config, setup.make_base(config)).data.batches(0)))
+        return sorted(bytes(row[row > 0].astype(np.uint8)) for row in batch["tokens"])
+
+    assert pairs(1, 5) == pairs(2, 5)
+    assert pairs(1, None) != pairs(2, None)
+    assert pairs(1, 2) == pairs(2, None)
