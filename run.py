@@ -98,6 +98,38 @@ def sweep(file: str, flags: list[str], workdir: str) -> None:
     print(library.run_all(planned, command, Path(workdir)))
 
 
+def table(
+    name: str,
+    flags: list[str],
+    workdir: str | None,
+    model: str | None,
+    dataset: str | None,
+    examples: str | None,
+    seeds: str | None,
+    only: str | None,
+) -> None:
+    """Runs a paper's table and prints it, or lists the tables."""
+    from experiments import table as library
+    from prefix_tuning.errors import UserError
+
+    if name == "list":
+        print(library.listing())
+        return
+    if workdir is None:
+        raise UserError("table needs --workdir")
+    given = {"model": model, "dataset": dataset, "examples": examples, "seeds": seeds, "only": only}
+    pairs = (flag.lstrip("-").removeprefix("config.").partition("=") for flag in flags)
+    given["overrides"] = {key: value for key, _, value in pairs}
+
+    def load(flags: list[str]) -> dict[str, Any]:
+        return parse(["train", *flags, "--workdir=unused"])[1]["config"]
+
+    def command(one: Any) -> list[str]:
+        return [sys.executable, str(ROOT / "run.py"), "train", *one.flags]
+
+    print(library.make(name, workdir, given, load, command))
+
+
 def import_adapter(config: dict[str, Any], input: str, workdir: str) -> None:
     """Makes a workdir that `train` with the same config goes on in, from an adapter made elsewhere."""
     from prefix_tuning import api
@@ -157,6 +189,11 @@ COMMANDS = {
         {"config": REQUIRED, "workdir": REQUIRED},
         sweep,
     ),
+    "table": Command(
+        "NAME: a paper's table, ours beside the published numbers; `table list` shows them",
+        {"workdir": None, "model": None, "dataset": None, "examples": None, "seeds": None, "only": None},
+        table,
+    ),
     "import": Command(
         "an adapter made elsewhere, as the start of a run with this config",
         {"config": REQUIRED, "input": REQUIRED, "workdir": REQUIRED},
@@ -179,6 +216,14 @@ def parse(arguments: list[str]) -> tuple[Command, dict[str, Any], bool]:
     if name not in COMMANDS:
         raise flags.Error(f"unknown command {name!r}; valid: {', '.join(COMMANDS)}")
     command, values, config = COMMANDS[name], flags.FlagValues(), None
+    own = {}
+    if command.run is table:
+        own = {"name": next((argument for argument in rest if not argument.startswith("-")), None)}
+        if own["name"] is None:
+            raise flags.Error("table needs a name, or list")
+        rest.remove(own["name"])
+        own["flags"] = [argument for argument in rest if argument.lstrip("-").startswith("config.")]
+        rest = [argument for argument in rest if argument not in own["flags"]]
     flags.DEFINE_bool("debug", False, "show tracebacks", flag_values=values)
     for option, default in command.options.items():
         if option != "config":
@@ -192,7 +237,7 @@ def parse(arguments: list[str]) -> tuple[Command, dict[str, Any], bool]:
     extra = values([name, *rest])[1:]
     if extra:
         raise flags.Error(f"unexpected argument {extra[0]!r}; options are given as --name=value")
-    given = {option: values[option].value for option in command.options if option != "config"}
+    given = own | {option: values[option].value for option in command.options if option != "config"}
     if "config" in command.options:
         given["config"] = config and config.to_dict()
         if command.run in (params, sweep):

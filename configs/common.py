@@ -1,5 +1,6 @@
 """What the configs share: their argument, and the options of every method."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import config_dict
@@ -107,6 +108,13 @@ def parse(arg: str | None, **defaults: Any) -> dict[str, Any]:
         except (KeyError, ValueError):
             raise ValueError(f"config argument {part!r} is no {wanted.__name__}") from None
     return settings
+
+
+def choose(settings: dict[str, Any], name: str, valid: Iterable) -> Any:
+    """The setting `name`; raises ValueError unless it is one of `valid`."""
+    if settings[name] not in valid:
+        raise ValueError(f"unknown {name} {settings[name]!r}; valid: {', '.join(map(str, valid))}")
+    return settings[name]
 
 
 def method(name: str, **options: dict[str, Any]) -> config_dict.ConfigDict:
