@@ -16,6 +16,7 @@ from ml_collections import config_dict, config_flags
 ROOT = Path(__file__).resolve().parent
 QUICKSTART = ["train", "--config=configs/quickstart.py", "--workdir=runs/quickstart"]
 REQUIRED = object()
+LAUNCHER = {"launcher": "local", "slurm": None}  # options of commands that start many runs
 
 
 class Command(NamedTuple):
@@ -24,17 +25,24 @@ class Command(NamedTuple):
     purpose: str
     options: dict[str, Any]
     run: Callable[..., None]
+    several: str | None = None  # the function's parameter that takes the arguments without a name, if it has one
 
 
-def train(config: dict[str, Any], workdir: str) -> None:
-    """Prints the summary of a run."""
+def train(config: dict[str, Any], workdir: str, runs: str | None, file: str, flags: list[str]) -> None:
+    """Prints the summary of a run, or of several of its sweep that train together."""
     from prefix_tuning import progress
     from prefix_tuning.train import train as run
+    from prefix_tuning.train import train_together
 
-    if "compare" in config:
-        from prefix_tuning.compare import compare
+    if runs is not None:
+        planned = chosen(runs, listed(file))
+        configs = [alone(configured(one, flags)) for one in planned]
+        summaries = train_together(configs, [Path(workdir) / one.name for one in planned])
+        print("\n\n".join(map(progress.table, summaries)))
+    elif "compare" in config:
+        from prefix_tuning.variants import train_variants
 
-        print(compare(config, workdir))
+        print(train_variants(config, workdir))
     else:
         print(progress.table(run(config, workdir)))
 
@@ -53,17 +61,16 @@ def generate(workdir: str, input: str, output: str) -> None:
     print(f"{api.generate_file(workdir, input, output)} lines written to {output}")
 
 
-def score(metrics: str, predictions: str, references: str, sources: str | None) -> None:
+def score(metrics: str, predictions: str, references: str, sources: str | None, groups: str | None) -> None:
     """Scores one file against another."""
     from prefix_tuning import metrics as library
     from prefix_tuning.errors import UserError
     from prefix_tuning.files import read_groups, read_text
 
     lines = read_text(predictions).splitlines()
-    groups = read_groups(references)
-    given = None if sources is None else read_text(sources).splitlines()
+    columns = [None if file is None else read_text(file).splitlines() for file in (sources, groups)]
     try:
-        print(json.dumps(library.score(metrics.split(","), lines, groups, given), indent=2))
+        print(json.dumps(library.score(metrics.split(","), lines, read_groups(references), *columns), indent=2))
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -81,8 +88,8 @@ def export(workdir: str, format: str, output: str, combine: str, weights: str | 
     print(f"written to {output}")
 
 
-def sweep(file: str, flags: list[str], workdir: str) -> None:
-    """Runs what the config's sweep(add) lists and prints the table."""
+def listed(file: str) -> list[Any]:
+    """The runs that the sweep(add) of a config FILE[:arg] lists."""
     from prefix_tuning import sweep as library
     from prefix_tuning.errors import UserError
 
@@ -90,12 +97,119 @@ def sweep(file: str, flags: list[str], workdir: str) -> None:
     module = load_module(path)
     if not hasattr(module, "sweep"):
         raise UserError(f"{path} has no sweep(add), which lists the runs")
-    planned = library.plan(module.sweep, path, arg, module.get_config)
+    return library.plan(module.sweep, path, arg, module.get_config)
 
-    def command(one: library.Planned) -> list[str]:
-        return [sys.executable, str(ROOT / "run.py"), "train", *one.flags[:1], *flags, *one.flags[1:]]
 
-    print(library.run_all(planned, command, Path(workdir)))
+def chosen(names: str, planned: list[Any]) -> list[Any]:
+    """The planned runs of --runs=NAME,NAME, whose names may have commas in them; raises `UserError` for others."""
+    from prefix_tuning.errors import UserError
+
+    found, rest = [], names
+    while rest:
+        hits = [one for one in planned if rest == one.name or rest.startswith(one.name + ",")]
+        if not hits:
+            known = "; ".join(one.name for one in planned)
+            raise UserError(f"--runs: {rest!r} does not begin with a run of the sweep; valid: {known}")
+        found.append(max(hits, key=lambda one: len(one.name)))
+        rest = rest[len(found[-1].name) + 1 :]
+    if len({one.name for one in found}) < len(found) or not found:
+        raise UserError(f"--runs={names!r} names no run, or one twice; expected each once")
+    return found
+
+
+def configured(one: Any, flags: list[str]) -> dict[str, Any]:
+    """The config of a planned run, with what the command line overrides."""
+    return parse(["train", *one.flags[:1], *flags, *one.flags[1:], "--workdir=unused"])[1]["config"]
+
+
+def alone(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run as it would be by itself: how many train beside it is none of its settings."""
+    return config | {"train": config["train"] | {"population": 1}}
+
+
+def sweep(file: str, flags: list[str], workdir: str, launcher: str, slurm: str | None) -> None:
+    """Runs what the config's sweep(add) lists, train.population of them at once, and prints the table."""
+    from prefix_tuning import launch
+    from prefix_tuning import sweep as library
+
+    root, planned = Path(workdir), listed(file)
+    runs = {one.name: one for one in planned}
+    together = grouped(planned, flags)
+
+    def command(name: str) -> list[str]:
+        config, *overrides = runs[name].flags
+        if together is None:
+            own = [config, *flags, *overrides, f"--workdir={root / name}"]
+        else:
+            left = [n for n in library.group_of(name, together) if n == name or not library.finished(root / n)]
+            own = [f"--config={file}", *flags, f"--workdir={root}", f"--runs={','.join(left)}"]
+        return [sys.executable, str(ROOT / "run.py"), "train", *own]
+
+    print(library.run_all(planned, launch.make(launcher, slurm, command, root), root, together))
+
+
+def grouped(planned: list[Any], flags: list[str]) -> list[list[str]] | None:
+    """The names of planned runs that train at once: train.population of them, where they can; None for one by one."""
+    from prefix_tuning.errors import UserError
+
+    configs = [configured(one, flags) for one in planned]
+    size = configs[0]["train"].get("population", 1)
+    if size < 1:
+        raise UserError(f"train.population must be at least 1, got {size}")
+    if size == 1:
+        return None
+    from prefix_tuning import population
+
+    return [[planned[i].name for i in group] for group in population.groups(list(map(alone, configs)), size)]
+
+
+def report(workdir: str, output: str | None) -> None:
+    """Writes one page about every run below a folder."""
+    from prefix_tuning import report as library
+
+    print(f"written to {library.write(workdir, output)}")
+
+
+def table(
+    name: str,
+    flags: list[str],
+    workdir: str | None,
+    model: str | None,
+    dataset: str | None,
+    examples: str | None,
+    seeds: str | None,
+    only: str | None,
+    launcher: str,
+    slurm: str | None,
+) -> None:
+    """Runs a paper's table and prints it, or lists the tables."""
+    from experiments import table as library
+    from prefix_tuning import launch
+    from prefix_tuning.errors import UserError
+
+    if name == "list":
+        print(library.listing())
+        return
+    if workdir is None:
+        raise UserError("table needs --workdir")
+    given = {"model": model, "dataset": dataset, "examples": examples, "seeds": seeds, "only": only}
+    pairs = (flag.lstrip("-").removeprefix("config.").partition("=") for flag in flags)
+    given["overrides"] = {key: value for key, _, value in pairs}
+
+    def load(flags: list[str]) -> dict[str, Any]:
+        return parse(["train", *flags, "--workdir=unused"])[1]["config"]
+
+    root = Path(workdir)
+
+    def launched(planned: list[Any]) -> launch.Local | launch.Slurm:
+        runs = {one.name: one for one in planned}
+
+        def command(name: str) -> list[str]:
+            return [sys.executable, str(ROOT / "run.py"), "train", *runs[name].flags, f"--workdir={root / name}"]
+
+        return launch.make(launcher, slurm, command, root)
+
+    print(library.make(name, workdir, given, load, launched))
 
 
 def import_adapter(config: dict[str, Any], input: str, workdir: str) -> None:
@@ -125,16 +239,32 @@ def params(config: dict[str, Any], file: str, budget: str | None) -> None:
 def inspect(workdir: str, split: str | None, examples: str) -> None:
     """Writes and prints what a trained prefix or prompt does."""
     from prefix_tuning import inspection
+
+    print(inspection.inspect_workdir(workdir, split, at_least_one("examples", examples)))
+
+
+def compare(runs: list[str], split: str | None, metrics: str | None, samples: str, output: str | None) -> None:
+    """Prints what several runs scored and wrote on the same records, and whether the differences are luck."""
+    from prefix_tuning import compare as library
+
+    names = None if metrics is None else metrics.split(",")
+    print(library.compare(runs, split, names, at_least_one("samples", samples), output))
+
+
+def at_least_one(option: str, value: str) -> int:
+    """The value of an option that counts something."""
     from prefix_tuning.errors import UserError
 
-    if not examples.isdigit() or not int(examples):
-        raise UserError(f"--examples={examples!r} must be a number of at least 1")
-    print(inspection.inspect_workdir(workdir, split, int(examples)))
+    if not value.isdecimal() or not int(value):
+        raise UserError(f"--{option}={value!r} must be a number of at least 1")
+    return int(value)
 
 
 COMMANDS = {
     "train": Command(
-        "train, evaluate and export; the same command resumes", {"config": REQUIRED, "workdir": REQUIRED}, train
+        "train, evaluate and export; the same command resumes; --runs: several of the config's sweep(add) at once",
+        {"config": REQUIRED, "workdir": REQUIRED, "runs": None},
+        train,
     ),
     "eval": Command("restore, decode, score", {"workdir": REQUIRED, "split": "test"}, evaluate),
     "generate": Command(
@@ -144,7 +274,7 @@ COMMANDS = {
     ),
     "score": Command(
         "predictions one a line, references in groups parted by an empty line",
-        {"metrics": REQUIRED, "predictions": REQUIRED, "references": REQUIRED, "sources": None},
+        {"metrics": REQUIRED, "predictions": REQUIRED, "references": REQUIRED, "sources": None, "groups": None},
         score,
     ),
     "export": Command(
@@ -153,9 +283,19 @@ COMMANDS = {
         export,
     ),
     "sweep": Command(
-        "every run that the config's sweep(add) lists; the same command goes on",
-        {"config": REQUIRED, "workdir": REQUIRED},
+        "every run that the config's sweep(add) lists, here or in Slurm's queue; the same command goes on",
+        {"config": REQUIRED, "workdir": REQUIRED} | LAUNCHER,
         sweep,
+    ),
+    "report": Command(
+        "every run below a folder as one HTML page: table, curves, settings, samples",
+        {"workdir": REQUIRED, "output": None},
+        report,
+    ),
+    "table": Command(
+        "NAME: a paper's table, ours beside the published numbers; `table list` shows them",
+        {"workdir": None, "model": None, "dataset": None, "examples": None, "seeds": None, "only": None} | LAUNCHER,
+        table,
     ),
     "import": Command(
         "an adapter made elsewhere, as the start of a run with this config",
@@ -170,6 +310,13 @@ COMMANDS = {
         {"workdir": REQUIRED, "split": None, "examples": "64"},
         inspect,
     ),
+    "compare": Command(
+        "scores over seeds, whether their differences are luck, and what was written, side by side; a RUN is a workdir,"
+        " a folder of several seeds', or theirs with commas between them",
+        {"split": None, "metrics": None, "samples": "1000", "output": None},
+        compare,
+        several="runs",
+    ),
 }
 
 
@@ -179,6 +326,14 @@ def parse(arguments: list[str]) -> tuple[Command, dict[str, Any], bool]:
     if name not in COMMANDS:
         raise flags.Error(f"unknown command {name!r}; valid: {', '.join(COMMANDS)}")
     command, values, config = COMMANDS[name], flags.FlagValues(), None
+    own = {}
+    if command.run is table:
+        own = {"name": next((argument for argument in rest if not argument.startswith("-")), None)}
+        if own["name"] is None:
+            raise flags.Error("table needs a name, or list")
+        rest.remove(own["name"])
+        own["flags"] = [argument for argument in rest if argument.lstrip("-").startswith("config.")]
+        rest = [argument for argument in rest if argument not in own["flags"]]
     flags.DEFINE_bool("debug", False, "show tracebacks", flag_values=values)
     for option, default in command.options.items():
         if option != "config":
@@ -189,16 +344,20 @@ def parse(arguments: list[str]) -> tuple[Command, dict[str, Any], bool]:
         if files:
             config = load_config(files[-1])
             config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[name, *rest])
+    values.set_gnu_getopt(command.several is not None)  # arguments without a name may stand before options
     extra = values([name, *rest])[1:]
-    if extra:
+    if extra and command.several is None:
         raise flags.Error(f"unexpected argument {extra[0]!r}; options are given as --name=value")
-    given = {option: values[option].value for option in command.options if option != "config"}
+    given = own | {option: values[option].value for option in command.options if option != "config"}
+    if command.several is not None:
+        given[command.several] = extra
     if "config" in command.options:
         given["config"] = config and config.to_dict()
-        if command.run in (params, sweep):
+        if command.run in (train, params, sweep):
             given["file"] = files[-1] if files else None
         if command.run is sweep:
             given.pop("config")
+        if command.run in (train, sweep):
             given["flags"] = [argument for argument in rest if argument.lstrip("-").startswith("config.")]
     wanted = {o for o, default in command.options.items() if default is REQUIRED}
     missing = [f"--{o}" for o in command.options if o in wanted and not given.get(o, given.get("file"))]
@@ -237,6 +396,8 @@ def usage() -> str:
     lines = ["python run.py COMMAND --option=value ...   (no command: the quick start)"]
     for name, command in COMMANDS.items():
         options = " ".join(f"--{o}" if d is REQUIRED else f"[--{o}]" for o, d in command.options.items())
+        if command.several is not None:
+            options = f"RUN RUN ... {options}"
         lines.append(f"  {name:9} {options}\n            {command.purpose}")
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """What the configs share: their argument, and the options of every method."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import config_dict
@@ -82,6 +83,7 @@ OPTIONAL = {
     "sublayer": str,
     "part": str,
     "urls": str,
+    "select": str,
     "clip": float,
     "scale": float,
     "shift": bool,
@@ -109,6 +111,13 @@ def parse(arg: str | None, **defaults: Any) -> dict[str, Any]:
     return settings
 
 
+def choose(settings: dict[str, Any], name: str, valid: Iterable) -> Any:
+    """The setting `name`; raises ValueError unless it is one of `valid`."""
+    if settings[name] not in valid:
+        raise ValueError(f"unknown {name} {settings[name]!r}; valid: {', '.join(map(str, valid))}")
+    return settings[name]
+
+
 def method(name: str, **options: dict[str, Any]) -> config_dict.ConfigDict:
     """The section `method`: what a config says of this method over what is usual.
 
@@ -130,6 +139,16 @@ def method(name: str, **options: dict[str, Any]) -> config_dict.ConfigDict:
 def rate(name: str, rates: dict[str, float]) -> float:
     """A method's learning rate; a composition without one of its own takes the smallest of its parts'."""
     return rates[name] if name in rates else min(rates[part] for part in PRESETS.get(name, (name.split("+"),))[0])
+
+
+def train(**options: Any) -> config_dict.ConfigDict:
+    """The section `train`: what a config says over what is usual."""
+    return section(**{"population": 1, "eval_every": None, "eval_epochs": None} | options)
+
+
+def evaluation(**options: Any) -> config_dict.ConfigDict:
+    """The section `evaluation`: what a config says over what is usual."""
+    return section(**{"select": None, "patience": None} | options)
 
 
 def section(**options: Any) -> config_dict.ConfigDict:

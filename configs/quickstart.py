@@ -64,7 +64,7 @@ def shared(quick):
         dataset=common.section(name="text", path="configs/quickstart_assets/task"),
         text=common.section(prompt="{source}\n", completion="{target}", max_source=None, max_target=None),
         objective=common.section(name="lm", normalisation="token"),
-        train=common.section(
+        train=common.train(
             batch_size=16,
             epochs=4 if quick else 10,
             examples=None,
@@ -73,11 +73,10 @@ def shared(quick):
             shapes=3,
             prefetch=8,
             log_every=25,
-            eval_every=None,
             checkpoint_every=100,
             keep=2,
         ),
-        evaluation=common.section(
+        evaluation=common.evaluation(
             metrics=("bleu", "slots", "exact_match"),
             batch_size=16 if quick else 40,
             split="validation",

@@ -50,7 +50,7 @@ def get_config(arg=None):
             weight_decay=0.0,
             clip=1.0,
         ),
-        train=common.section(
+        train=common.train(
             batch_size=32,
             epochs=1 if quick else 3,
             examples=64 if quick else None,
@@ -59,11 +59,10 @@ def get_config(arg=None):
             shapes=8,
             prefetch=8,
             log_every=20,
-            eval_every=None,
             checkpoint_every=200,
             keep=2,
         ),
-        evaluation=common.section(
+        evaluation=common.evaluation(
             metrics=("accuracy",),
             batch_size=32,
             split="validation",

@@ -29,7 +29,7 @@ def get_config(arg=None):
             weight_decay=0.0,
             clip=1.0,
         ),
-        train=common.section(
+        train=common.train(
             batch_size=8,
             epochs=1 if quick else 3,
             examples=32 if quick else None,
@@ -38,11 +38,10 @@ def get_config(arg=None):
             shapes=2,
             prefetch=8,
             log_every=10,
-            eval_every=None,
             checkpoint_every=50,
             keep=2,
         ),
-        evaluation=common.section(
+        evaluation=common.evaluation(
             metrics=("rouge",),
             batch_size=20,
             split="validation",

@@ -96,10 +96,10 @@ def main(config):
             if i >= 0:
                 texts["PEFT"][i] = base.tokenizer.decode(out[b, tokens.shape[1] :], skip_special_tokens=True).strip()
     decoding["PEFT"] = time.perf_counter() - start
-    write = evaluate.make_writer(base, run.evaluation.batch_size, seed=config["seed"])
+    write = evaluate.make_writer(base, run.evaluation.batch_size)
     adapted = bound()
     start = time.perf_counter()
-    texts["ours"] = write(*adapted, split.prompts)
+    texts["ours"] = write(*adapted, split.prompts, config["seed"])
     decoding["ours"] = time.perf_counter() - start
 
     # ---- the table

@@ -24,7 +24,6 @@ from absl import flags
 
 import run
 from prefix_tuning import parallel, setup
-from prefix_tuning.train import fresh_state
 from prefix_tuning.train_step import make_train_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +152,7 @@ def time_steps(config: str, methods: list[str], options: list[str], rounds: int)
         weights = weights or parallel.place(setup.loading.load_weights(base.folder, base.model, "float32"))
         frozen = base.method.prepare(jax.random.key(0), base.model, weights)
         body = make_train_step(base.model, base.method, base.objective, made.tx, axis=parallel.AXIS)
-        state = parallel.place(fresh_state(settings, base, made, frozen))
+        state = parallel.place(setup.fresh_state(settings, base, made, frozen))
         batch = parallel.split_batch(next(iter(made.data.batches(0))), made.train.accumulate)
         steps[method] = [parallel.train_step(body), frozen, state, batch]
     for number in range(rounds + 1):

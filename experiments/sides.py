@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset
 
 from prefix_tuning import data, parallel, setup
-from prefix_tuning.train import fresh_state
 from prefix_tuning.train_step import make_train_step
 
 
@@ -59,7 +58,7 @@ def torch_step(
 def our_step(config: dict[str, Any], base: setup.Base, run: setup.Run) -> tuple[Callable, Callable]:
     """step(batch) -> loss, and bound() -> what the method has made of the weights so far."""
     frozen = parallel.place(setup.load_weights(base, config))
-    state = parallel.place(fresh_state(config, base, run, frozen))
+    state = parallel.place(setup.fresh_state(config, base, run, frozen))
     body = parallel.train_step(make_train_step(base.model, base.method, base.objective, run.tx, axis=parallel.AXIS))
 
     def step(batch: dict[str, np.ndarray]) -> float:

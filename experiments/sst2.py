@@ -95,10 +95,10 @@ def train_both(config):
 
     # ---- ours
     our_step, bound = sides.our_step(config, base, run)
-    write = evaluate.make_writer(base, size, seed=config["seed"])
+    write = evaluate.make_writer(base, size)
 
     def our_accuracy():
-        found = write(*bound(), run.split.prompts)
+        found = write(*bound(), run.split.prompts, config["seed"])
         return 100 * evaluate.score(("accuracy",), found, run.split)["accuracy"]
 
     # ---- in turn

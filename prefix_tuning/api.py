@@ -163,10 +163,11 @@ def padded(model: Model, adaptation: Adaptation | None, rows: Sequence[Sequence[
 
 
 def open_workdir(workdir: str) -> tuple[dict[str, Any], setup.Base, Params, Params, int]:
-    """(config, base, frozen, trainable, step) of a workdir's newest checkpoint; raises `UserError` if it has none."""
+    """(config, base, frozen, trainable, step) of a workdir's best or newest checkpoint; raises `UserError` without."""
     config = read_json(Path(workdir) / "config.json", WORKDIR)
     base = setup.make_base(config)
-    folder = Path(workdir) / "checkpoints"
+    # The best one where one is selected, else the newest
+    folder = Path(workdir) / ("best" if config["evaluation"].get("select") else "checkpoints")
     if not folder.is_dir():
         raise UserError(f"{workdir} has no checkpoints; expected {WORKDIR}")
     checkpoints = Checkpoints(folder)
@@ -183,8 +184,8 @@ def evaluate_workdir(workdir: str, split: str) -> dict[str, Any]:
     config, base, frozen, trainable, step = open_workdir(workdir)
     section = call("evaluation", setup.Evaluation, config["evaluation"])
     chosen = setup.make_split(config, base, split, section.examples)
-    write = evaluate.make_writer(base, section.batch_size, seed=config["seed"])
-    predictions = write(*base.method.bind(frozen, trainable), chosen.prompts)
+    write = evaluate.make_writer(base, section.batch_size)
+    predictions = write(*base.method.bind(frozen, trainable), chosen.prompts, config["seed"])
     scores = {"step": step, "records": len(chosen.records), **evaluate.score(section.metrics, predictions, chosen)}
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluate.rows(predictions, chosen))
     replace(Path(workdir) / "predictions" / f"{split}.jsonl", lines)
@@ -211,8 +212,8 @@ def generate_file(workdir: str, source: str, output: str) -> int:
     config, base, frozen, trainable, _ = open_workdir(workdir)
     section = call("evaluation", setup.Evaluation, config["evaluation"])
     prompts = setup.make_prompts(base, rows)
-    write = evaluate.make_writer(base, section.batch_size, seed=config["seed"])
-    predictions = write(*base.method.bind(frozen, trainable), prompts)
+    write = evaluate.make_writer(base, section.batch_size)
+    predictions = write(*base.method.bind(frozen, trainable), prompts, config["seed"])
     done = [row | {"prediction": prediction} for row, prediction in zip(rows, predictions, strict=True)]
     replace(Path(output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done))
     return len(done)

@@ -45,13 +45,13 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many types, also for the save before this one
             raise unwritable(self.folder, error) from error
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest readable state, shaped as `like`, and its notes; None if there is none.
+    def restore(self, like: TrainState, limit: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest readable state, shaped as `like` and of no later step than `limit`, and its notes; or None.
 
         Damaged ones are reported by a warning and removed.  Raises `UserError` if all are damaged, since starting over
         would throw the run away.
         """
-        found = self.newest(plain(like))
+        found = self.newest(plain(like), limit)
         if found is None:
             return None
         step, items, notes = found
@@ -64,11 +64,16 @@ class Checkpoints:
         found = self.newest({"trainable": like})
         return found and (found[1]["trainable"], found[0])
 
-    def newest(self, like: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
-        """(step, items, notes) of the newest checkpoint whose items, named and shaped as in `like`, are undamaged."""
+    def newest(
+        self, like: dict[str, Any], limit: int | None = None
+    ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        """(step, items, notes) of the newest checkpoint whose items, named and shaped as in `like`, are undamaged.
+
+        None later than `limit` is looked at.
+        """
         wanted = {name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for name, tree in like.items()}
         restores = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-        steps = sorted(self.manager.all_steps(), reverse=True)
+        steps = sorted((s for s in self.manager.all_steps() if limit is None or s <= limit), reverse=True)
         for step in steps:
             try:
                 read = self.manager.restore(step, args=ocp.args.Composite(**restores, notes=ocp.args.JsonRestore()))

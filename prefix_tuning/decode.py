@@ -30,6 +30,7 @@ class DecodeConfig:
     pad_token: int  # what follows an end token
     min_new_tokens: int = 0  # before the end token
     banned: tuple[int, ...] = ()
+    no_repeat_ngram: int = 0  # so many tokens in a row come once only, in a decoder's prompt and text; 0 allows any
     num_beams: int = 1  # W
     length_penalty: float = 1.0  # the exponent of the length that beam search divides by
     normalise: str = "generated"
@@ -44,6 +45,7 @@ class DecodeConfig:
         for name, holds, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens"),
+            ("no_repeat_ngram", self.no_repeat_ngram >= 0, "at least 0, which allows any"),
             ("num_beams", self.num_beams >= 1, "at least 1"),
             ("length_penalty", math.isfinite(self.length_penalty), "a finite number"),
             ("early_stopping", isinstance(self.early_stopping, bool), "True or False"),
@@ -118,9 +120,10 @@ def sample(
     rows, N = tokens.shape[0], config.max_new_tokens
     kept = min(config.top_k, model.vocabulary) or model.vocabulary
     logits, cache = prefill(model, config, params, adaptation, tokens, lengths)
+    read = starts(model, tokens, lengths)
 
-    def choose(step, logits):
-        logits = forbid(config, logits, step)
+    def choose(step, new, logits):
+        logits = forbid_repeats(config, forbid(config, logits, step), *read, new, step)
         if not config.do_sample:
             return logits.argmax(1).astype(jnp.int32)
         # Sorted, so that the lower index comes first among equals: top_k=1 is greedy exactly.
@@ -134,7 +137,7 @@ def sample(
         return jnp.take_along_axis(ids, ranks[:, None], 1)[:, 0]
 
     def extend(step, new, done, logits):
-        token = jnp.where(done, config.pad_token, choose(step, logits))
+        token = jnp.where(done, config.pad_token, choose(step, new, logits))
         return step + 1, new.at[:, step].set(token), done | is_end(config, token)
 
     def unfinished(state):
@@ -168,8 +171,8 @@ def beam_search(
     """The best hypothesis [B N] for prompts tokens [B T], and its score [B], normalised as the config says."""
     (B, T), W, N = tokens.shape, config.num_beams, config.max_new_tokens
     logits, cache = prefill(model, config, params, adaptation, tokens, lengths)
-    if model.is_encoder_decoder:  # whatever it read, what it writes follows the start token
-        T, lengths = 1, jnp.ones_like(lengths)
+    tokens, lengths = starts(model, tokens, lengths)
+    T = tokens.shape[1]
     logits, cache, adaptation = jnp.repeat(logits, W, axis=0), repeat_cache(cache, W), repeat_own(adaptation, W)
     # Computed once, so that equal lengths divide by equal numbers: an ulp apart, ties would be decided by chance.
     powers = jnp.asarray(np.maximum(np.arange(T + N + 1), 1) ** config.length_penalty, jnp.float32)
@@ -191,9 +194,9 @@ def beam_search(
         step, beams, cache = state
         cache = reorder(cache, beams.parents, T)
         logits, cache = model.decode(params, adaptation, cache, beams.running[:, :, step - 1].reshape(B * W))
-        return step + 1, extend_beams(config, powers, beams, lengths, logits, step), cache
+        return step + 1, extend_beams(config, powers, beams, tokens, lengths, logits, step), cache
 
-    first = extend_beams(config, powers, start, lengths, logits, jnp.int32(0))
+    first = extend_beams(config, powers, start, tokens, lengths, logits, jnp.int32(0))
     _, beams, _ = jax.lax.while_loop(unfinished, body, (jnp.int32(1), first, cache))
     finished, scores = beams.finished, beams.finished_scores
     if config.normalise == "full":
@@ -204,15 +207,18 @@ def beam_search(
 
 
 def extend_beams(
-    config: DecodeConfig, powers: Array, beams: Beams, lengths: Array, logits: Array, step: Array
+    config: DecodeConfig, powers: Array, beams: Beams, tokens: Array, lengths: Array, logits: Array, step: Array
 ) -> Beams:
-    """One step of beam search for prompts of lengths [B], from logits [B*W V] after `step` new tokens.
+    """One step of beam search for prompts tokens [B T] of lengths [B], from logits [B*W V] after `step` new tokens.
 
     A hypothesis of n tokens is worth its log-probability / powers[n].
     """
     B, W, N = beams.running.shape
     V = logits.shape[1]
-    log_probabilities = forbid(config, jax.nn.log_softmax(logits), step).reshape(B, W, V)
+    log_probabilities = forbid(config, jax.nn.log_softmax(logits), step)
+    read = jnp.repeat(tokens, W, axis=0), jnp.repeat(lengths, W)
+    log_probabilities = forbid_repeats(config, log_probabilities, *read, beams.running.reshape(B * W, N), step)
+    log_probabilities = log_probabilities.reshape(B, W, V)
     totals = beams.running_scores[:, :, None] + log_probabilities
     # Every hypothesis may end in as many ways as there are end tokens, and W candidates that do not must remain.
     kept = W * (1 + len(config.end_tokens))
@@ -274,6 +280,35 @@ def forbid(config: DecodeConfig, scores: Array, step: Array) -> Array:
     tokens = jnp.arange(scores.shape[-1])
     early = is_end(config, tokens) & (step < config.min_new_tokens)
     return jnp.where(early | is_one_of(tokens, config.banned), -jnp.inf, scores)
+
+
+def starts(model: Model, tokens: Array, lengths: Array) -> tuple[Array, Array]:
+    """The tokens [B T] and lengths [B] that new ones follow: the prompts; in an encoder-decoder the start token."""
+    if not model.is_encoder_decoder:
+        return tokens, lengths
+    return jnp.full((len(tokens), 1), model.start, jnp.int32), jnp.ones_like(lengths)
+
+
+def forbid_repeats(
+    config: DecodeConfig, scores: Array, tokens: Array, lengths: Array, new: Array, step: Array
+) -> Array:
+    """Scores [B V] with -inf at tokens that would end an n-gram which tokens [B T] and new [B N] already hold."""
+    n = config.no_repeat_ngram
+    if not n:
+        return scores
+    B, T = tokens.shape
+    place = jnp.arange(T + new.shape[1]) - lengths[:, None]  # of what is read before what is written, without a gap
+    read = jnp.take_along_axis(tokens, jnp.clip(place + lengths[:, None], 0, T - 1), axis=1)
+    text = jnp.where(place < 0, read, jnp.take_along_axis(new, jnp.clip(place, 0, new.shape[1] - 1), axis=1))
+    count = lengths + step
+    # The last n - 1 tokens, against those before every position; where a text is shorter, nothing can be repeated.
+    last = jnp.take_along_axis(text, jnp.maximum(count[:, None] - (n - 1) + jnp.arange(n - 1), 0), axis=1)
+    starts_at = jnp.arange(max(text.shape[1] - n + 1, 0))
+    same = jnp.stack([text[:, starts_at + i] == last[:, i, None] for i in range(n - 1)]).all(0) if n > 1 else True
+    again = same & (starts_at + n <= count[:, None])
+    ends = text[:, starts_at + n - 1]
+    banned = jnp.zeros(scores.shape, bool).at[jnp.arange(B)[:, None], ends].max(again)
+    return jnp.where(banned, -jnp.inf, scores)
 
 
 def is_end(config: DecodeConfig, tokens: Array) -> Array:

@@ -17,24 +17,27 @@ from prefix_tuning.types import Adaptation, Batch, Params
 SHAPES = 4  # padded lengths that batches of what is chosen may have
 MULTIPLE = 32  # prompts are padded to multiples of this, so that few shapes are compiled
 
-# (params, adaptation, prompts) -> one text each
-Write = Callable[[Params, Adaptation, Sequence[Sequence[int]] | tasks.Encoded], list[str]]
+# (params, adaptation, prompts, seed) -> one text each
+Write = Callable[[Params, Adaptation, Sequence[Sequence[int]] | tasks.Encoded, int], list[str]]
 
 
-def make_writer(base: Base, batch_size: int, *, seed: int, check: Callable = lambda: None) -> Write:
-    """write(params, adaptation, prompts) -> one answer each, in order; `check` runs between batches and may raise.
+def make_writer(base: Base, batch_size: int, *, check: Callable = lambda: None) -> Write:
+    """write(params, adaptation, prompts, seed) -> one answer each, in order; only sampling looks at the seed.
+
+    `check` runs between batches and may raise.
 
     Rows of a batch are spread over the local devices; raises `UserError` if batch_size does not divide evenly.
     """
     parallel.check_rows(batch_size)
-    return make_chooser(base, batch_size, check) if base.task else make_generator(base, batch_size, seed, check)
+    return make_chooser(base, batch_size, check) if base.task else make_generator(base, batch_size, check)
 
 
 def make_chooser(base: Base, batch_size: int, check: Callable) -> Write:
     """Answers that are read off scores."""
     predict = jax.jit(functools.partial(base.objective.predict, base.model))
 
-    def write(params: Params, adaptation: Adaptation, encoded: tasks.Encoded) -> list[str]:
+    def write(params: Params, adaptation: Adaptation, encoded: tasks.Encoded, seed: int) -> list[str]:
+        del seed
         scores: list[np.ndarray | None] = [None] * len(encoded.examples)
         for indices, batch in pipeline.eval_batches(encoded.examples, batch_size=batch_size, shapes=SHAPES):
             check()
@@ -48,7 +51,7 @@ def make_chooser(base: Base, batch_size: int, check: Callable) -> Write:
     return write
 
 
-def make_generator(base: Base, batch_size: int, seed: int, check: Callable) -> Write:
+def make_generator(base: Base, batch_size: int, check: Callable) -> Write:
     """Answers that are written."""
     generate = make_generate(base.model, base.decode)
     longest = base.model.max_positions
@@ -56,7 +59,7 @@ def make_generator(base: Base, batch_size: int, seed: int, check: Callable) -> W
         written = 0 if base.model.is_encoder_decoder else base.decode.max_new_tokens
         longest -= base.prefix_length + written
 
-    def write(params: Params, adaptation: Adaptation, prompts: Sequence[Sequence[int]]) -> list[str]:
+    def write(params: Params, adaptation: Adaptation, prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
         texts = [""] * len(prompts)
         batches = pipeline.prompt_batches(prompts, batch_size=batch_size, multiple=MULTIPLE, longest=longest)
         for number, (indices, tokens, lengths) in enumerate(batches):
@@ -75,8 +78,9 @@ def make_generator(base: Base, batch_size: int, seed: int, check: Callable) -> W
 
 def score(names: Sequence[str], predictions: Sequence[str], split: Split) -> dict[str, float | None]:
     """The metrics of these predictions against the split's references."""
+    columns = {name: list(split.records[name]) for name in split.records.column_names}
     try:
-        return metrics.score(names, list(predictions), list(split.records["targets"]), list(split.records["source"]))
+        return metrics.score(names, list(predictions), columns["targets"], columns["source"], columns.get("group"))
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -1,6 +1,7 @@
 """Config -> optax: AdamW (or Adafactor, SGD) behind gradient clipping, with warm-up and a decaying learning rate."""
 
 import optax
+from jax import Array
 
 from prefix_tuning.errors import UserError, valid
 
@@ -12,6 +13,10 @@ SCHEDULES = {
 OPTIMIZERS = {
     "adamw": lambda rate, decay: optax.adamw(rate, weight_decay=decay),
     "adafactor": lambda rate, decay: optax.adafactor(rate, weight_decay_rate=decay or None),
+    # Without the step's size following that of the parameter, as prompts are tuned (Lester et al. 2021).
+    "adafactor_unscaled": lambda rate, decay: optax.adafactor(
+        rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None
+    ),
     "sgd": lambda rate, decay: optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate)),
 }
 
@@ -20,7 +25,7 @@ def make_optimizer(
     total_steps: int,
     *,
     name: str = "adamw",
-    learning_rate: float,
+    learning_rate: float | Array,
     schedule: str = "linear",
     warmup_steps: int = 0,
     weight_decay: float = 0.0,
@@ -29,6 +34,7 @@ def make_optimizer(
     """The optimizer and its learning rate per step, which "linear" and "cosine" end at 0; clip is a norm or None.
 
     Defaults are the released prefix-tuning code's: AdamW (0.9, 0.999, 1e-8) without decay, linear to 0, clipping at 1.
+    A learning rate may be an array [] that a compiled step is given; it is not looked at then.
     """
     valid("optimizer.name", name, OPTIMIZERS)
     valid("optimizer.schedule", schedule, SCHEDULES)
@@ -36,7 +42,8 @@ def make_optimizer(
         raise UserError(
             f"optimizer.warmup_steps={warmup_steps} must be at least 0 and below the {total_steps} steps of the run"
         )
-    if learning_rate <= 0 or weight_decay < 0 or (clip is not None and clip <= 0):
+    known = not isinstance(learning_rate, Array)
+    if (known and learning_rate <= 0) or weight_decay < 0 or (clip is not None and clip <= 0):
         raise UserError(
             f"optimizer needs learning_rate > 0, weight_decay >= 0 and clip > 0 or None; "
             f"got {learning_rate}, {weight_decay}, {clip}"

@@ -38,9 +38,9 @@ def check_rows(rows: int, accumulate: int = 1) -> None:
         )
 
 
-def split_batch(batch: dict[str, np.ndarray], accumulate: int = 1) -> Batch:
-    """Leaves [B ...] as [devices A B/(devices A) ...], ready for a pmapped train step."""
-    devices = jax.local_device_count()
+def split_batch(batch: dict[str, np.ndarray], accumulate: int = 1, devices: int | None = None) -> Batch:
+    """Leaves [B ...] as [devices A B/(devices A) ...], ready for a pmapped train step; devices=None is all of them."""
+    devices = jax.local_device_count() if devices is None else devices
     return Batch(**jax.tree.map(lambda x: x.reshape(devices, accumulate, -1, *x.shape[1:]), batch))
 
 

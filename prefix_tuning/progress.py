@@ -60,13 +60,18 @@ class Meter:
         log_every: int,
         first: int,
         notes: dict[str, Any] | None,
+        quiet: bool = False,
     ):
-        """Goes on after step `first` of `total`, from the `notes` of the run that was stopped there."""
+        """Goes on after step `first` of `total`, from the `notes` of the run that was stopped there.
+
+        A quiet one shows nothing.
+        """
         self.record, self.schedule, self.total, self.log_every = record, schedule, total, log_every
         self.seconds, self.window = (notes["seconds"], notes["window"]) if notes else (0.0, {})
         self.recent = collections.deque(notes["recent"] if notes else (), maxlen=RECENT)  # seconds of the last steps
         self.mark = None
-        self.bar = tqdm(total=total, initial=first, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(total=total, initial=first, unit="step", disable=quiet or None, dynamic_ncols=True)
+        self.quiet = quiet
 
     def notes(self) -> dict[str, Any]:
         """What a resumed run needs to log as if it had never stopped."""
@@ -76,11 +81,12 @@ class Meter:
         """Starts the clock, unless it is running."""
         self.mark = self.mark or time.perf_counter()
 
-    def cost(self) -> dict[str, float]:
-        """Seconds of training, of a median step among the last ones, and the process's peak memory in MiB."""
+    def cost(self, runs: int = 1) -> dict[str, float]:
+        """One of so many runs' share in the seconds of training and of a median step among the last ones, and the
+        process's peak memory in MiB."""
         return {
-            "seconds": round(self.seconds, 1),
-            "seconds_per_step": round(statistics.median(self.recent), 4),
+            "seconds": round(self.seconds / runs, 1),
+            "seconds_per_step": round(statistics.median(self.recent) / runs, 4),
             "peak_memory_mb": peak_memory(),
         }
 
@@ -125,8 +131,9 @@ class Meter:
         self.record.metrics(step, {f"train/{name}": value for name, value in values.items()})
         line = f"loss {loss:.4f}, {rates['examples_per_second']:.1f} ex/s, {rates['tokens_per_second']:.0f} tok/s"
         self.bar.set_postfix_str(line)
-        if self.bar.disable:
+        if self.bar.disable and not self.quiet:
             left = (self.total - step) * self.seconds / step
+            # `state.PROGRESS` reads this.
             say(f"step {step}/{self.total}: {line}, {left / 60:.1f} min left")
 
     def close(self) -> None:
@@ -152,6 +159,16 @@ def share(counts: dict[str, int]) -> str:
 def shown(value: float | None) -> str:
     """A score for a table."""
     return "null" if value is None else f"{value:.4f}"
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """A line of text for each row: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [f"{c:>{w}}" if i else f"{c:<{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells))
+    return lines
 
 
 def table(summary: dict[str, Any]) -> str:

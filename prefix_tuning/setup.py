@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import jax
+import jax.numpy as jnp
 import optax
 
 from prefix_tuning import data, nn
@@ -19,7 +20,7 @@ from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.optimizer import make_optimizer
 from prefix_tuning.registry import call, named
-from prefix_tuning.types import Adaptation, Method, Model, Objective, Params, count
+from prefix_tuning.types import Adaptation, Method, Model, Objective, Params, TrainState, count
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("seed", "model", "dataset", "text", "method", "objective", "optimizer", "train", "evaluation", "decode")
@@ -30,13 +31,16 @@ class Train(NamedTuple):
 
     batch_size: int  # examples per step (rows, when packing), over all devices and micro-batches
     epochs: int
+    population: int = 1  # runs of a sweep that train in one compiled step
     examples: int | None = None  # pairs drawn from the training split; None takes all
+    draw: int | None = None  # the seed of that draw; None is the run's, so that a subset may have several runs
     accumulate: int = 1  # micro-batches per step
     packing: bool = False
     shapes: int = 4  # padded lengths that batches may have
     prefetch: int = 8  # batches made ahead
     log_every: int = 10  # steps
-    eval_every: int | None = None  # steps; None evaluates at the end only
+    eval_every: int | None = None  # steps; without it and eval_epochs, only the end is evaluated
+    eval_epochs: int | None = None
     checkpoint_every: int = 100  # steps
     keep: int = 2  # checkpoints
 
@@ -50,6 +54,8 @@ class Evaluation(NamedTuple):
     final_split: str = "validation"  # at the end, untuned against tuned
     examples: int | None = None  # records, each with all its references; None takes all
     samples: int = 3  # shown after each evaluation
+    select: str | None = None  # the score whose best checkpoint is what comes out; None takes the last one
+    patience: int | None = None  # evaluations that may follow the best one before training stops
 
 
 class Base(NamedTuple):
@@ -71,7 +77,7 @@ class Split(NamedTuple):
     """Records to answer and score."""
 
     prompts: list[list[int]] | tasks.Encoded
-    records: datasets.Dataset  # columns source, targets
+    records: datasets.Dataset  # columns source, targets, and perhaps group, which some metrics tell apart
     pairs: list[pipeline.Tokens] | list[pipeline.Example]  # for the loss
 
 
@@ -151,8 +157,24 @@ def make_text(section: dict[str, Any], method: Method, model: Model) -> dict[str
 
 def load_weights(base: Base, config: dict[str, Any]) -> Params:
     """The frozen weights, and what the method keeps beside them, on the host."""
-    weights = loading.load_weights(base.folder, base.model, config["model"].get("dtype", "float32"))
+    return prepare(base, config, read_weights(base, config))
+
+
+def read_weights(base: Base, config: dict[str, Any]) -> Params:
+    """The frozen weights alone, on the host."""
+    return loading.load_weights(base.folder, base.model, config["model"].get("dtype", "float32"))
+
+
+def prepare(base: Base, config: dict[str, Any], weights: Params) -> Params:
+    """The frozen weights, and beside them what the method keeps."""
     return base.method.prepare(jax.random.key(config["seed"]), base.model, weights)
+
+
+def fresh_state(config: dict[str, Any], base: Base, run: Run, frozen: Params) -> TrainState:
+    """The state before the first step, a function of the seed and the frozen weights alone."""
+    key, start = jax.random.split(jax.random.key(config["seed"]))
+    trainable = base.method.init(start, base.model, frozen)
+    return TrainState(jnp.int32(0), trainable, run.tx.init(trainable), key)
 
 
 def make_run(config: dict[str, Any], base: Base) -> Run:
@@ -163,7 +185,7 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
         valid("metric", name, METRICS)
     pairs = load_split(config, "train")
     if train.examples is not None:
-        pairs = said(data.subsample, pairs, train.examples, config["seed"])
+        pairs = said(data.subsample, pairs, train.examples, config["seed"] if train.draw is None else train.draw)
     if train.packing and one_text_a_row(base.method, base.model):
         raise UserError("train.packing puts several texts in a row, and an encoder's prompt belongs to one; drop it")
     examples = encode(base, pairs)

@@ -1,22 +1,84 @@
 """The loop: train, evaluate, save; stop at any moment and go on with the same command."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from prefix_tuning import evaluate, parallel, publish, setup
+from prefix_tuning import evaluate, metrics, parallel, population, publish, setup
 from prefix_tuning.checkpoint import Checkpoints
-from prefix_tuning.data.pipeline import without
+from prefix_tuning.data.pipeline import Tokens, without
 from prefix_tuning.data.tasks import Encoded
-from prefix_tuning.errors import UserError
+from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import read_json, read_lines, write_json
 from prefix_tuning.progress import Interrupted, Meter, Stop, say, share, shown
 from prefix_tuning.record import WORKDIR, Record, check_config
-from prefix_tuning.train_step import make_eval_step, make_train_step
+from prefix_tuning.train_step import make_eval_step
 from prefix_tuning.types import Adaptation, TrainState
+
+SUMMARY = "summary.json"
+
+
+@dataclasses.dataclass
+class Member:
+    """One of the runs that train together, and how far it is."""
+
+    config: dict[str, Any]
+    base: setup.Base
+    run: setup.Run
+    record: Record
+    checkpoints: Checkpoints
+    kept: Checkpoints | None  # where the best state is, if one is selected
+    meter: Meter | None = None
+    untuned: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    evaluated: bool = False  # since the last step
+    best: dict[str, Any] | None = None  # "step" and "scores" of the best evaluation so far
+    waited: int = 0  # evaluations since
+    error: str | None = None  # what ended it
+
+    @property
+    def training(self) -> bool:
+        """Whether further steps can change what comes out."""
+        patience = self.run.evaluation.patience
+        return self.error is None and (patience is None or self.waited <= patience)
+
+    def read(self, pending: tuple[int, dict[str, Any]], *, alone: bool) -> None:
+        """Takes in the sums of a step; what ends a run that is not alone is kept for later."""
+        try:
+            self.meter.read(pending)
+        except UserError as error:
+            if alone:
+                raise
+            self.error = str(error)
+            say(f"{self.record.workdir}: {error}")
+
+    def save(self, state: TrainState) -> None:
+        """Starts to save all that the run needs to go on."""
+        notes = {"evaluated": self.evaluated, "best": self.best, "waited": self.waited}
+        self.checkpoints.save(state, meter=self.meter.notes(), **notes)
+
+    def select(self, state: TrainState, scores: dict[str, float | None]) -> None:
+        """Keeps the state if it is the best so far; raises `UserError` if nobody can know, the score being null."""
+        name = self.run.evaluation.select
+        if name is None:
+            return
+        if scores[name] is None:
+            raise UserError(f"evaluation.select={name!r} is null on this machine; expected a score that it can compute")
+        sign = -1 if metrics.lower_is_better(name) else 1
+        if self.best is not None and sign * scores[name] <= sign * self.best["scores"][name]:
+            self.waited += 1
+            return
+        self.best, self.waited = {"step": int(state.step), "scores": scores}, 0
+        self.kept.save(state)
+
+    def close(self) -> None:
+        """Closes every file."""
+        if self.meter is not None:
+            self.meter.close()
+        self.record.close()
+        for checkpoints in (self.checkpoints, self.kept):
+            if checkpoints is not None:
+                checkpoints.close()
 
 
 def train(config: dict[str, Any], workdir: str | Path) -> dict[str, Any]:
@@ -25,140 +87,271 @@ def train(config: dict[str, Any], workdir: str | Path) -> dict[str, Any]:
     Raises `UserError` for a config that cannot work, before anything is computed, and for a loss that is not finite;
     `Interrupted` with the exit code after SIGTERM or Ctrl-C, once the state is saved.
     """
+    return train_together([config], [workdir])[0]
+
+
+def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """As `train`, several runs in one compiled step, each into its own workdir as if it had been alone.
+
+    Raises `UserError` as well for runs that cannot train together (population.py), and in the end, with the others
+    finished, for those whose loss was not finite.
+    """
     # ---- everything that can be wrong with what the user gave
-    base = setup.make_base(config)
-    run = setup.make_run(config, base)
-    settings, total = run.train, run.data.total_steps
+    bases = [setup.make_base(config) for config in configs]
+    runs = [setup.make_run(*made) for made in zip(configs, bases, strict=True)]
+    settings, evaluation = runs[0].train, runs[0].evaluation
+    if settings.population != 1:
+        raise UserError(
+            f"train.population={settings.population} is how many runs of a sweep train at once; expected 1 in a run of "
+            "its own, or 'run.py sweep', or 'run.py train --runs=NAME,NAME'"
+        )
     parallel.check_rows(settings.batch_size, settings.accumulate)
-    parallel.check_rows(run.evaluation.batch_size)
-    check_config(workdir, config)
-    summary_path = Path(workdir) / "summary.json"
-    if summary_path.exists():
+    parallel.check_rows(evaluation.batch_size)
+    check_selection(runs[0])
+    if len(configs) > 1:
+        population.check(configs, bases, runs)
+    for config, workdir in zip(configs, workdirs, strict=True):
+        check_config(workdir, config)
+    summaries = {str(w): read_json(Path(w) / SUMMARY, WORKDIR) for w in workdirs if (Path(w) / SUMMARY).exists()}
+    for workdir in summaries:
         say(f"{workdir} is finished; this is what came out")
-        return read_json(summary_path, WORKDIR)
-    weights = setup.load_weights(base, config)
-    record = Record(workdir, config)
-    checkpoints = Checkpoints(record.workdir / "checkpoints", settings.keep)
+    left = [i for i, workdir in enumerate(workdirs) if str(workdir) not in summaries]
+    if not left:
+        return list(summaries.values())
+    alone = len(left) == 1
+    weights = setup.read_weights(bases[0], configs[0])
+    members = []
+    for i in left:
+        record = Record(workdirs[i], configs[i])
+        checkpoints = Checkpoints(record.workdir / "checkpoints", settings.keep)
+        kept = Checkpoints(record.workdir / "best", 1) if evaluation.select else None
+        members.append(Member(configs[i], bases[i], runs[i], record, checkpoints, kept))
 
     with Stop() as stop:
-        # ---- weights, steps, state
-        frozen = parallel.place(weights)
-        body = make_train_step(base.model, base.method, base.objective, run.tx, axis=parallel.AXIS)
-        train_step = parallel.train_step(body)
-        score = make_scorer(config, base, run, record, frozen, stop)
-        state = fresh_state(config, base, run, frozen)
-        state, notes = checkpoints.restore(state) or (state, {"evaluated": False, "meter": None})
-        first = int(state.step)
-        # Lines beyond the checkpoint come again; so does its own evaluation, if that was cut short.
-        record.start(lambda line: line["step"] < first + ("train/loss" in line or notes["evaluated"]))
-        counts = setup.parameter_counts(base.method, base.model)
-        introduce(counts, run, first)
+        # ---- weights, steps, states
+        made = [[getattr(member, name) for member in members] for name in ("config", "base", "run")]
+        kind = population.Single if alone else population.Population
+        engine = kind(*([one[0] for one in made] if alone else made), weights)
+        states = restore_together(members, engine.fresh())
+        first, total = int(states[0].step), runs[0].data.total_steps
+        for number, member in enumerate(members):
+            # Lines beyond the checkpoint come again; so does its own evaluation, if that was cut short.
+            evaluated = member.evaluated
+            member.record.start(lambda line, e=evaluated: line["step"] < first + ("train/loss" in line or e))
+            member.meter = Meter(
+                member.record,
+                member.run.schedule,
+                total=total,
+                log_every=settings.log_every,
+                first=first,
+                notes=member.meter,
+                quiet=number > 0,
+            )
+        introduce(members, first)
+        engine.start(states)
+        score = make_scorer(engine, members, stop)
+        due = evaluations(runs[0])
+        pending = None  # the last step's sums, read while the next one runs
 
-        # ---- the loop
-        state = parallel.place(state)
-        meter = Meter(
-            record, run.schedule, total=total, log_every=settings.log_every, first=first, notes=notes["meter"]
-        )
-        pending, evaluated = None, notes["evaluated"]  # the last step's sums are read while the next one runs
+        def read() -> None:
+            nonlocal pending
+            if pending is not None:
+                step, sums = pending
+                for member, own in zip(members, engine.read(sums), strict=True):
+                    if member.training:
+                        member.read((step, own), alone=alone)
+                pending = None
 
         def save() -> None:
-            meter.read(pending)
-            checkpoints.save(state, evaluated=evaluated, meter=meter.notes())
+            read()
+            for member, state in zip(members, engine.states(), strict=True):
+                if member.error is None:
+                    member.save(state)
 
+        def evaluate_all(step: int) -> None:
+            for number, (member, state) in enumerate(zip(members, engine.states(), strict=True)):
+                if member.training and not member.evaluated:
+                    member.meter.pause()
+                    member.select(state, score(number, state, evaluation.split, member.run.split))
+                    member.evaluated = True
+
+        # ---- the loop
         try:
-            untuned = score_untuned(base, run, record, frozen, stop, config)
-            if evaluation_due(first, total, settings.eval_every) and not evaluated:
-                score(state, run.evaluation.split, run.split)
-            for step, batch in enumerate(run.data.batches(first), start=first + 1):
+            score_untuned(engine, members, stop)
+            if first in due:
+                evaluate_all(first)
+            for step, batch in enumerate(engine.batches(first), start=first + 1):
+                if not any(member.training for member in members):
+                    break
                 stop.check()
-                meter.resume()
-                state, sums = train_step(frozen, state, parallel.split_batch(batch, settings.accumulate))
-                meter.read(pending)
-                pending, evaluated = (step, sums), False
-                if evaluation_due(step, total, settings.eval_every):
-                    meter.read(pending)
-                    meter.pause()
-                    pending = None
-                    score(state, run.evaluation.split, run.split)
-                    evaluated = True
-                if step % settings.checkpoint_every == 0 or step == total:
+                for member in members:
+                    member.meter.resume()
+                sums = engine.advance(batch)
+                read()
+                pending = (step, sums)
+                for member in members:
+                    member.evaluated = False
+                if step in due:
+                    read()
+                    evaluate_all(step)
+                if step % settings.checkpoint_every == 0 or step == total or not any(m.training for m in members):
                     save()
-                    pending = None
             # ---- what came out
-            tuned = score(state, run.evaluation.final_split, run.final)
+            for number, (member, state) in enumerate(zip(members, engine.states(), strict=True)):
+                if member.error is None:
+                    summary = finish(engine, number, member, state, score, together=len(members))
+                    summaries[str(workdirs[left[number]])] = summary
         except Interrupted:
             save()
-            say(f"stopped after step {int(state.step)} of {total}; the same command goes on from there")
+            say(f"stopped after step {int(engine.states()[0].step)} of {total}; the same command goes on from there")
             raise
         finally:
-            meter.close()
-            record.close()
-            checkpoints.close()
+            for member in members:
+                member.close()
+    failed = [f"{member.record.workdir}: {member.error}" for member in members if member.error is not None]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(members)} runs failed; {'; '.join(failed)}")
+    return [summaries[str(workdir)] for workdir in workdirs]
 
-    folder = export_adapter(base, config, frozen, state.trainable, record.workdir / "adapter")
+
+def finish(
+    engine: population.Single | population.Population,
+    number: int,
+    member: Member,
+    state: TrainState,
+    score: Callable[..., dict[str, float | None]],
+    *,
+    together: int,
+) -> dict[str, Any]:
+    """Scores and exports what a run comes out with, and writes its summary."""
+    run, evaluation, steps = member.run, member.run.evaluation, int(state.step)
+    member.checkpoints.wait()  # a summary says that all is saved
+    if member.best is not None:
+        member.kept.wait()
+        state, _ = member.kept.restore(state)
+    if member.best is not None and evaluation.final_split == evaluation.split:
+        tuned = member.best["scores"]
+    else:
+        tuned = score(number, state, evaluation.final_split, run.final)
+    folder = export_adapter(
+        member.base, member.config, engine.own(number), state.trainable, member.record.workdir / "adapter"
+    )
     summary = {
-        "split": run.evaluation.final_split,
+        "split": evaluation.final_split,
         "records": len(run.final.records),
-        "untuned": untuned,
+        "untuned": member.untuned,
         "tuned": tuned,
-        "parameters": counts,
-        "steps": total,
-        **meter.cost(),
-        "workdir": str(record.workdir),
+        "parameters": setup.parameter_counts(member.base.method, member.base.model),
+        "steps": steps,
+        "selected": None if member.best is None else {"step": int(state.step), "by": evaluation.select},
+        "population": together,
+        **member.meter.cost(together),
+        "workdir": str(member.record.workdir),
         "adapter": folder,
     }
-    scores = {"step": total, "records": len(run.final.records), **tuned}
-    write_json(record.workdir / f"eval_{run.evaluation.final_split}.json", scores)
-    write_json(summary_path, summary)
+    scores = {"step": int(state.step), "records": len(run.final.records), **tuned}
+    write_json(member.record.workdir / f"eval_{evaluation.final_split}.json", scores)
+    write_json(member.record.workdir / SUMMARY, summary)
     return summary
 
 
-def introduce(counts: dict[str, int], run: setup.Run, first: int) -> None:
+def restore_together(members: Sequence[Member], fresh: Sequence[TrainState]) -> list[TrainState]:
+    """The states after the last step that all runs have saved, with what was noted beside them; else fresh ones."""
+    limit = None
+    while True:
+        found = [m.checkpoints.restore(like, limit) for m, like in zip(members, fresh, strict=True)]
+        steps = [0 if one is None else int(one[0].step) for one in found]
+        if len(set(steps)) == 1:
+            break
+        limit = min(steps)  # one was stopped while it saved, or had trained alone
+    if all(one is None for one in found):
+        return list(fresh)
+    for member, (_, notes) in zip(members, found, strict=True):
+        member.evaluated, member.meter = notes["evaluated"], notes["meter"]
+        member.best, member.waited = notes.get("best"), notes.get("waited", 0)
+    return [state for state, _ in found]
+
+
+def introduce(members: Sequence[Member], first: int) -> None:
     """Says what is about to happen."""
-    data, settings = run.data, run.train
-    say(f"{share(counts)}; {counts['stored']:,} are stored once trained")
+    for member in members:
+        counts = setup.parameter_counts(member.base.method, member.base.model)
+        name = "" if len(members) == 1 else f"{member.record.workdir}: "
+        say(f"{name}{share(counts)}; {counts['stored']:,} are stored once trained")
+    data, settings = members[0].run.data, members[0].run.train
     lengths = ", ".join(str(shape.length) for shape in data.shapes)
     say(
         f"{data.total_steps} steps of {settings.batch_size} in {settings.epochs} epochs, padded to lengths {lengths} "
-        f"(padding {data.padding:.1%})" + (f"; going on after step {first}" if first else "")
+        f"(padding {data.padding:.1%})"
+        + (f", {len(members)} runs in each" if len(members) > 1 else "")
+        + (f"; going on after step {first}" if first else "")
     )
 
 
-def fresh_state(config: dict[str, Any], base: setup.Base, run: setup.Run, frozen: Any) -> TrainState:
-    """The state before the first step, a function of the seed and the frozen weights alone."""
-    key, start = jax.random.split(jax.random.key(config["seed"]))
-    trainable = base.method.init(start, base.model, frozen)
-    return TrainState(jnp.int32(0), trainable, run.tx.init(trainable), key)
+def evaluations(run: setup.Run) -> set[int]:
+    """The steps to evaluate after; the last one only where it may be selected: the final evaluation comes anyway."""
+    total, steps = run.data.total_steps, run.data.steps_per_epoch
+    due: set[int] = set()
+    if run.train.eval_every is not None:
+        due = set(range(run.train.eval_every, total, run.train.eval_every))
+    if run.train.eval_epochs is not None:
+        due = {sum(steps[:n]) for n in range(run.train.eval_epochs, len(steps), run.train.eval_epochs)}
+    return due | ({total} if run.evaluation.select else set())
 
 
-def evaluation_due(step: int, total: int, every: int | None) -> bool:
-    """Whether to evaluate after this step; after the last one the final evaluation comes anyway."""
-    return every is not None and 0 < step < total and step % every == 0
+def check_selection(run: setup.Run) -> None:
+    """Raises `UserError` for a checkpoint that could not be selected, or an evaluation that would do nothing."""
+    settings, evaluation = run.train, run.evaluation
+    if settings.eval_every is not None and settings.eval_epochs is not None:
+        raise UserError("train.eval_every and train.eval_epochs both say when to evaluate; expected one of them")
+    for name in ("eval_every", "eval_epochs"):
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            raise UserError(f"train.{name} must be at least 1 or None, got {getattr(settings, name)}")
+    if evaluation.select is None:
+        if evaluation.patience is not None:
+            raise UserError("evaluation.patience waits for a better evaluation.select, which is None; name a score")
+        return
+    if evaluation.patience is not None and evaluation.patience < 0:
+        raise UserError(f"evaluation.patience must be at least 0 or None, got {evaluation.patience}")
+    if settings.eval_every is None and settings.eval_epochs is None:
+        raise UserError(
+            "evaluation.select needs evaluations to choose among: set train.eval_every or train.eval_epochs"
+        )
+    # What the metrics return for the first record, were it answered rightly, has the names that they always return.
+    first = run.split._replace(records=run.split.records.select([0]))
+    found = evaluate.score(evaluation.metrics, [first.records["targets"][0][0]], first)
+    known = ["loss", "accuracy", *(["perplexity"] if isinstance(run.split.pairs[0], Tokens) else []), *found]
+    valid("evaluation.select", evaluation.select, dict.fromkeys(known))
 
 
 def make_scorer(
-    config: dict[str, Any], base: setup.Base, run: setup.Run, record: Record, frozen: Any, stop: Stop
+    engine: population.Single | population.Population, members: Sequence[Member], stop: Stop
 ) -> Callable[..., dict[str, float | None]]:
-    """score(state, name, split) -> loss and metrics; it also records them, with the predictions and a few samples."""
-    evaluation = run.evaluation
-    body = make_eval_step(base.model, base.method, base.objective, axis=parallel.AXIS)
-    step = parallel.eval_step(body)
-    write = evaluate.make_writer(base, evaluation.batch_size, seed=config["seed"], check=stop.check)
+    """score(number, state, name, split) -> loss and metrics of one run.
 
-    def score(state: TrainState, name: str, split: setup.Split) -> dict[str, float | None]:
-        number = int(state.step)
-        say(f"step {number}: evaluating on {len(split.records)} records of the {name} split")
-        loss = evaluate.mean_loss(step, frozen, state.trainable, split, run, check=stop.check)
+    It also records them, with the predictions and a few samples.
+    """
+    base, evaluation = members[0].base, members[0].run.evaluation
+    step = parallel.eval_step(make_eval_step(base.model, engine.method, base.objective, axis=parallel.AXIS))
+    write = evaluate.make_writer(base, evaluation.batch_size, check=stop.check)
+
+    def score(number: int, state: TrainState, name: str, split: setup.Split) -> dict[str, float | None]:
+        member, at = members[number], int(state.step)
+        record, run = member.record, member.run
+        where = "" if len(members) == 1 else f"{record.workdir}, "
+        say(f"{where}step {at}: evaluating on {len(split.records)} records of the {name} split")
+        frozen, trainable = engine.bound(number, state.trainable)
+        loss = evaluate.mean_loss(step, frozen, trainable, split, run, check=stop.check)
         prefix = "eval" if name == evaluation.split else name
         if not evaluation.metrics:  # the loss is all that is asked for, so nothing is decoded
-            record.metrics(number, {f"{prefix}/{key}": value for key, value in loss.items()})
+            record.metrics(at, {f"{prefix}/{key}": value for key, value in loss.items()})
             say("  " + ", ".join(f"{key} {shown(value)}" for key, value in loss.items()))
             return loss
-        predictions = write(*base.method.bind(frozen, state.trainable), split.prompts)
+        predictions = write(*engine.method.bind(frozen, trainable), split.prompts, member.config["seed"])
         rows = evaluate.rows(predictions, split)
         scores = loss | evaluate.score(evaluation.metrics, predictions, split)
-        record.predictions(f"{name}_{number}", rows)
-        record.metrics(number, {f"{prefix}/{key}": value for key, value in scores.items()})
+        record.predictions(f"{name}_{at}", rows)
+        record.metrics(at, {f"{prefix}/{key}": value for key, value in scores.items()})
         for row in rows[: evaluation.samples]:
             shown_row = {**row, "reference": row["references"][0]}
             say("\n".join(f"  {key:11} {shown_row[key]}" for key in ("source", "prediction", "reference")) + "\n")
@@ -168,21 +361,25 @@ def make_scorer(
     return score
 
 
-def score_untuned(
-    base: setup.Base, run: setup.Run, record: Record, frozen: Any, stop: Stop, config: dict[str, Any]
-) -> dict[str, float | None]:
-    """The final split's scores without any adaptation; decoded once per workdir."""
-    path, split = record.workdir / "predictions" / "untuned.jsonl", run.final
-    if not run.evaluation.metrics or base.objective.head is not None:  # a fresh head knows nothing
-        return {}
-    if path.exists():
-        predictions = [row["prediction"] for row in read_lines(path)]
+def score_untuned(engine: population.Single | population.Population, members: Sequence[Member], stop: Stop) -> None:
+    """Gives every run the final split's scores without any adaptation; decoded once per workdir, or for all at once."""
+    first, evaluation = members[0], members[0].run.evaluation
+    base, split = first.base, first.run.final
+    if not evaluation.metrics or base.objective.head is not None:  # a fresh head knows nothing
+        return
+    paths = [member.record.workdir / "predictions" / "untuned.jsonl" for member in members]
+    done = next((path for path in paths if path.exists()), None)
+    if done is not None:
+        predictions = [row["prediction"] for row in read_lines(done)]
     else:
         say(f"decoding {len(split.records)} records with the untuned model")
-        write = evaluate.make_writer(base, run.evaluation.batch_size, seed=config["seed"], check=stop.check)
-        predictions = write(frozen, Adaptation(), plain(split.prompts, base))
-        record.predictions("untuned", evaluate.rows(predictions, split))
-    return evaluate.score(run.evaluation.metrics, predictions, split)
+        write = evaluate.make_writer(base, evaluation.batch_size, check=stop.check)
+        predictions = write(engine.own(0), Adaptation(), plain(split.prompts, base), first.config["seed"])
+    scores = evaluate.score(evaluation.metrics, predictions, split)
+    for member, path in zip(members, paths, strict=True):
+        member.untuned = scores
+        if not path.exists():
+            member.record.predictions("untuned", evaluate.rows(predictions, split))
 
 
 def plain(prompts: list[list[int]] | Encoded, base: setup.Base) -> list[list[int]] | Encoded:

@@ -72,6 +72,35 @@ HUB = {
         "max_position_embeddings": 512,
         "type_vocab_size": 2,
     },
+    **{
+        f"google/t5-{size}-lm-adapt": {
+            "model_type": "t5",
+            "d_model": width,
+            "d_ff": inner,
+            "d_kv": 64,
+            "num_layers": layers,
+            "num_heads": heads,
+            "vocab_size": 32128,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+            "decoder_start_token_id": 0,
+        }
+        for size, width, inner, layers, heads in (
+            ("small", 512, 1024, 8, 6),
+            ("base", 768, 2048, 12, 12),
+            ("large", 1024, 2816, 24, 16),
+            ("xl", 2048, 5120, 24, 32),
+            ("xxl", 4096, 10240, 24, 64),
+        )
+    },
+    "openai-community/gpt2-large": {
+        "model_type": "gpt2",
+        "n_embd": 1280,
+        "n_layer": 36,
+        "n_head": 20,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+    },
     "openai-community/gpt2-medium": {
         "model_type": "gpt2",
         "n_embd": 1024,
@@ -92,9 +121,9 @@ HUB = {
     },
 }
 # Of the frozen model; BERT and RoBERTa without the heads that not every file has.
-PARAMETERS = {"e2e_smollm2": 134_515_008, "e2e_gpt2_medium": 354_823_168, "xsum_bart": 406_291_456 + 50_265}
+PARAMETERS = {"e2e_smollm2": 134_515_008, "gpt2_table_to_text": 354_823_168, "xsum_bart": 406_291_456 + 50_265}
 # Facts of the prefix, see the papers' 0.1 % and 2 %.
-STORED = {"e2e_smollm2": 10 * 30 * 2 * 192, "e2e_gpt2_medium": 245_760, "xsum_bart": 7_372_800}
+STORED = {"e2e_smollm2": 10 * 30 * 2 * 192, "gpt2_table_to_text": 245_760, "xsum_bart": 7_372_800}
 SHARE = {"xsum_bart": 0.02}  # a prefix stores at most this much of the model; 1 % in the others
 
 

@@ -118,12 +118,13 @@ def test_e2e_refuses_records_it_does_not_understand(tmp_path):
 def test_webnlg_linearises_and_filters(tmp_path):
     folder = write(tmp_path, dev__json=challenge(AIRPORT, ARTIST))
     assert webnlg.load(folder, "validation", **WEBNLG).to_list() == [
-        {"source": "A_1 : isA : B", "target": "A is B.", "category": "Airport", "entry": "1"},
-        {"source": "A_1 : isA : B", "target": "A B.", "category": "Airport", "entry": "1"},
+        {"source": "A_1 : isA : B", "target": "A is B.", "category": "Airport", "group": "seen", "entry": "1"},
+        {"source": "A_1 : isA : B", "target": "A B.", "category": "Airport", "group": "seen", "entry": "1"},
         {
             "source": 'C : wrote : "D | E" | C : born : 1950',
             "target": "C wrote D E.",
             "category": "Artist",
+            "group": "unseen",
             "entry": "2",
         },
     ]

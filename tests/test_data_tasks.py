@@ -481,3 +481,21 @@ def test_xsum_says_what_is_wrong_with_a_part(tmp_path):
     assert message().endswith("the train split has no article left with part='within_news'")
     write(tmp_path, train__jsonl=jsonl({"document": "d", "summary": "S."}))
     assert "train.jsonl:1: no column 'id'; present: document, summary" in message()
+
+
+def test_superglue_as_text_is_read_and_written_by_name(tmp_path):
+    for task, (_, line, _, _) in SUPERGLUE.items():
+        path = write(tmp_path, train__jsonl=jsonl(line))
+        if task in ("multirc", "wsc"):
+            assert "unknown task with as_text=True" in error(superglue.load, path, "train", task=task, as_text=True)
+            continue
+        (plain,) = superglue.load(path, "train", task=task).to_list()
+        (text,) = superglue.load(path, "train", task=task, as_text=True).to_list()
+        assert text["target"] == (f"choice{plain['label'] + 1}" if task == "copa" else plain["label"])
+        assert plain["source2"] in text["source"]
+        if task == "wic":
+            word, _, first = plain["source"].partition(": ")
+            assert text["source"] == f"sentence1: {first} sentence2: {plain['source2']} word: {word}"
+        else:
+            assert plain["source"] in text["source"]
+        assert all(choice in text["source"] for choice in plain.get("choices", ()))

@@ -1,5 +1,6 @@
 """Decoding: token by token what transformers generates, and by hand where that has no counterpart."""
 
+import dataclasses
 import math
 import os
 from functools import partial
@@ -136,6 +137,7 @@ def expected(reference, config, prompts, prefix=None):
             length_penalty=config.length_penalty,
             early_stopping=config.early_stopping,
             bad_words_ids=[[token] for token in config.banned] or None,
+            no_repeat_ngram_size=config.no_repeat_ngram,
             eos_token_id=list(config.end_tokens),
             pad_token_id=config.pad_token,
             **given,
@@ -181,6 +183,22 @@ def test_equals_transformers(twins, family, given):
     assert any(row[-1] not in config.end_tokens for row in seen) or len(ended) >= 4
     assert not {token for row in seen for token in row} & set(config.banned)
     assert min(ended) > config.min_new_tokens
+
+
+def test_no_repeated_ngrams_equals_transformers(twins):
+    """Those that begin in the prompt, and in it alone, counted; one prompt at a time, whose padding counts there."""
+    changed = 0
+    for beams, n in ((1, 1), (1, 2), (5, 3)):
+        allowed = options(num_beams=beams, max_new_tokens=10, end_tokens=(END, 7))
+        config = dataclasses.replace(allowed, no_repeat_ngram=n)
+        twin = twins("llama")
+        free, generate = (decode.make_generate(twin.model, each) for each in (allowed, config))
+        prompts = random_prompts(twin.model.vocabulary, 3, 4)
+        prompts = [[*prompts[0][:2] * 3], *prompts[1:]]  # a prompt that repeats itself
+        ours = run(generate, twin.params, prompts)
+        assert ours == [expected(twin.reference, config, [prompt])[0] for prompt in prompts]
+        changed += ours != run(free, twin.params, prompts)
+    assert changed == 3
 
 
 def random_prefix(model, seed, *rows):
@@ -475,6 +493,7 @@ def test_one_trace_per_shape():
         ({"do_sample": True, "top_p": 1.1}, "top_p is 1.1"),
         ({"do_sample": True, "num_beams": 2}, "sampling needs num_beams=1"),
         ({"banned": (1, END)}, "expected no end token"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram is -1; expected at least 0"),
         ({"temperature": 0.5, "top_k": 2}, "temperature, top_k would do nothing; expected do_sample=True"),
         ({"length_penalty": 2.0}, "length_penalty would do nothing; expected num_beams above 1"),
     ],

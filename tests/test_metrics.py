@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from prefix_tuning.metrics import METRICS, score
+from prefix_tuning.metrics import METRICS, absent, score
 from prefix_tuning.metrics import e2e as e2e_metric
 from prefix_tuning.metrics import slots as slots_metric
+from prefix_tuning.metrics.meteor import meteor
 from prefix_tuning.metrics.ptb import java_tokens, python_tokens
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -41,7 +42,7 @@ OFFICIAL = {
 
 @pytest.fixture(autouse=True)
 def forget_warnings(monkeypatch):
-    monkeypatch.setattr(e2e_metric, "_WARNED", set())
+    monkeypatch.setattr(absent, "_SAID", set())
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_java_that_fails_counts_as_none(monkeypatch, tmp_path):
     with pytest.warns(UserWarning, match="METEOR will be null"):
         assert score(["e2e"], PREDICTIONS, REFERENCES)["rouge_l"] == pytest.approx(OFFICIAL["rouge_l"], abs=1e-8)
     with pytest.raises((OSError, subprocess.SubprocessError)):
-        e2e_metric.meteor(["a"], [["a"]])
+        meteor(["a"], [["a"]], [[0]])
 
 
 def test_e2e_of_one_example_and_of_texts_with_line_breaks(no_java):
@@ -221,6 +222,10 @@ def test_every_metric_takes_empty_and_foreign_predictions(name, no_java):
         ((["bleu"], ["a", "b"], [["a"], []]), "group 2 of 2 has no reference"),
         ((["slots"], ["a"], [["a"]]), "needs the sources"),
         ((["slots"], ["a"], [["a"]], ["a", "b"]), "1 predictions, but 2 sources"),
+        ((["webnlg"], ["a"], [["a"]], None, ["seen", "unseen"]), "1 predictions, but 2 groups"),
+        ((["webnlg"], ["a"], [["a"]], None, ["new"]), "group 'new' of record 1; valid: seen, unseen"),
+        ((["webnlg"], ["a", "b"], [["a"], ["", " "]]), "group 2 of 2 has only blank references"),
+        ((["dart"], ["a"], [["\n"]]), "group 1 of 1 has only blank references"),
         ((["slots"], ["a"], [["a"]], ["text"]), "no slot in any of 1 sources"),
     ],
 )

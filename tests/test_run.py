@@ -20,11 +20,11 @@ import prefix_tuning
 import run
 from prefix_tuning import models, progress, setup
 from prefix_tuning import train as loop
-from prefix_tuning.compare import compare
 from prefix_tuning.errors import UserError
 from prefix_tuning.files import read_lines
 from prefix_tuning.models import loading
 from prefix_tuning.types import Adaptation, Batch
+from prefix_tuning.variants import train_variants
 
 ROOT = Path(run.__file__).parent
 CONFIG = """
@@ -380,17 +380,17 @@ def test_compare_trains_every_variant_and_prints_a_line_each(folder, tmp_path, c
     config = settings(folder, train__epochs=1, decode__max_new_tokens=2)
     shorter = config["method"] | {"length": 2}
     config["compare"] = {"long": {"method": config["method"]}, "short": {"method": shorter}}
-    text = compare(config, tmp_path)
+    text = train_variants(config, tmp_path)
     assert [line.split()[0] for line in text.splitlines()[1:4]] == ["untuned", "short", "long"]
     stored = {
         n: json.loads((tmp_path / n / "summary.json").read_text())["parameters"]["stored"] for n in ("long", "short")
     }
     assert stored["long"] * 2 == stored["short"] * 3
     assert f"{stored['long']:,}" in text
-    assert compare(config, tmp_path) == text  # finished runs are not run again
+    assert train_variants(config, tmp_path) == text  # finished runs are not run again
     for changes in ({"short": {}}, {"short": {"methods": {}}}):
         with pytest.raises(UserError, match=r"config\.compare\.short changes .*; valid: seed, model"):
-            compare(config | {"compare": changes}, tmp_path)
+            train_variants(config | {"compare": changes}, tmp_path)
 
 
 def test_several_workdirs_are_exported_as_one(folder, finished, tmp_path, capsys):
@@ -444,3 +444,17 @@ def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to workdir"):
         loop.train(settings(folder), tmp_path / "file" / "w")
+
+
+def test_seeds_may_share_the_pairs_that_are_drawn(folder):
+    """`train.draw` is the seed of the draw; without it every seed has pairs of its own."""
+
+    def pairs(seed, draw):
+        config = settings(folder, seed=seed, train__examples=8)
+        config["train"]["draw"] = draw
+        batch = next(iter(setup.make_run(config, setup.make_base(config)).data.batches(0)))
+        return sorted(bytes(row[row > 0].astype(np.uint8)) for row in batch["tokens"])
+
+    assert pairs(1, 5) == pairs(2, 5)
+    assert pairs(1, None) != pairs(2, None)
+    assert pairs(1, 2) == pairs(2, None)

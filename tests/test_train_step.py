@@ -1,12 +1,14 @@
 """One train step: the same result however a batch is laid out, split, packed or accumulated; and what it may touch."""
 
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 from conftest import B, L, P, T, one_a_row, packed, random_rows
 
 import prefix_tuning
@@ -404,3 +406,33 @@ def test_defaults_are_the_released_codes():
 def test_impossible_options_raise(given, message):
     with pytest.raises(UserError, match=message):
         make_optimizer(10, **{"learning_rate": 0.1} | given)
+
+
+def test_label_smoothing_is_torchs_while_training():
+    """Padding not counted; without a key it is the plain loss, which evaluations compare."""
+    logits = np.random.default_rng(0).normal(size=(2, 3, 7)).astype(np.float32)
+    targets, mask = np.array([[1, 4, 0], [6, 2, 2]]), np.array([[1, 1, 0], [1, 1, 1]], np.float32)
+    model = SimpleNamespace(hidden=lambda *_: jnp.asarray(logits), unembed=lambda _, hidden: hidden)
+    zeros = jnp.zeros((2, 3), jnp.int32)
+    batch = Batch(zeros, zeros, zeros, jnp.tile(jnp.arange(3), (2, 1)), *map(jnp.asarray, (targets, mask)), jnp.ones(2))
+    for smoothing in (0.0, 0.3):
+        objective = OBJECTIVES["lm"](None, label_smoothing=smoothing)
+        for key, expected in ((jax.random.key(0), smoothing), (None, 0.0)):
+            summed, count, sums = objective.loss(model, {}, Adaptation(), batch, key)
+            kept = torch.tensor(logits)[torch.tensor(mask) > 0], torch.tensor(targets)[torch.tensor(mask) > 0]
+            theirs, plain = (
+                torch.nn.functional.cross_entropy(*kept, reduction="sum", label_smoothing=e) for e in (expected, 0.0)
+            )
+            np.testing.assert_allclose(summed, theirs, rtol=1e-5)
+            np.testing.assert_allclose(sums["nll"], plain, rtol=1e-5)
+            assert count == 5
+    with pytest.raises(UserError, match=r"objective.label_smoothing must be in \[0, 1\), got 1.0"):
+        OBJECTIVES["lm"](None, label_smoothing=1.0)
+
+
+def test_unscaled_adafactor_steps_as_far_however_large_the_parameter_is():
+    for name, same in (("adafactor_unscaled", True), ("adafactor", False)):
+        tx, _ = make_optimizer(10, name=name, learning_rate=0.3, schedule="constant", clip=None)
+        small, large = ({"rows": jnp.full((4,), size)} for size in (1.0, 50.0))
+        steps = [tx.update(jax.tree.map(jnp.ones_like, x), tx.init(x), x)[0]["rows"] for x in (small, large)]
+        assert np.allclose(*steps) == same

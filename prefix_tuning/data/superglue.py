@@ -103,13 +103,35 @@ FILES = {
 }
 
 
-def load(path: str, split: str, *, task: str) -> datasets.Dataset:
+# What a model that writes its answer reads of each task, the fields by their names, and for COPA what it writes.
+WRITTEN = {
+    "boolq": "passage: {source2} question: {source}",
+    "cb": "hypothesis: {source2} premise: {source}",
+    "copa": "choice1: {choices[0]} choice2: {choices[1]} premise: {source} question: {source2}",
+    "rte": "hypothesis: {source2} premise: {source}",
+    "wic": "sentence1: {sentence1} sentence2: {source2} word: {word}",
+}
+CHOICES = ("choice1", "choice2")
+
+
+def written(task: str, row: dict[str, Any]) -> dict[str, str]:
+    """A row as `source` and `target`, the name of the class or choice."""
+    label = CHOICES[row["label"]] if task == "copa" else row["label"]
+    word, _, sentence = row["source"].partition(": ") if task == "wic" else ("", "", "")
+    return {"source": WRITTEN[task].format(**row, word=word, sentence1=sentence), "target": label}
+
+
+def load(path: str, split: str, *, task: str, as_text: bool = False) -> datasets.Dataset:
     """Rows of `source`, `source2` and the class's name in `label`; for COPA, `choices` and the right one's number.
 
-    `path` is a task's folder, the folder of all, or the hub's name.  Raises UserError for what cannot be read, naming
-    file and line, and for a test split, whose labels are not public.
+    With `as_text`, rows of `source` and `target` for a model that writes the class's name, as T5 does, without the
+    task's name before (Lester et al. 2021, section 3); not for MultiRC and WSC.  `path` is a task's folder, the folder
+    of all, or the hub's name.  Raises UserError for what cannot be read, naming file and line, and for a test split,
+    whose labels are not public.
     """
     shape = TASKS[valid("task", task, TASKS)]
+    if as_text:
+        valid("task with as_text=True", task, WRITTEN)
     if (Path(path) / shape.folder).is_dir():
         path = str(Path(path) / shape.folder)
     rows = []
@@ -119,7 +141,7 @@ def load(path: str, split: str, *, task: str) -> datasets.Dataset:
         else:
             label = sources.class_name(row, "label", shape.labels)
         rows.append(shape.texts(row) | {"label": label})
-    return datasets.Dataset.from_list(rows)
+    return datasets.Dataset.from_list([written(task, row) for row in rows] if as_text else rows)
 
 
 def _bare(word: str) -> str:

@@ -53,8 +53,9 @@ FILES = {
 
 
 def load(path: str, split: str, *, leading_separator: bool, only_good: bool, domain: str) -> datasets.Dataset:
-    """Pairs of `source` (`S : P : O | S : P : O`) and `target`, with the `category` and the number of their `entry`.
+    """Pairs of `source` (`S : P : O | S : P : O`) and `target`, with their `category`, `group` and number of `entry`.
 
+    The group is "seen" where the category is one of the training split's, else "unseen"; the metric `webnlg` reads it.
     `leading_separator` puts ` | ` before the first triple too, as Li & Liang's training code does; `only_good` drops
     texts that the challenge marks otherwise; `domain` keeps all categories, those of the training split, or the rest.
     Raises UserError for what cannot be read, naming the entry or row, and if nothing is left.
@@ -70,11 +71,12 @@ def load(path: str, split: str, *, leading_separator: bool, only_good: bool, dom
             category, entry = fields["category"], fields["eid"]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{where}: not WebNLG's columns; present: {', '.join(fields)}") from error
-        if domain != "all" and (category in SEEN) != (domain == "seen"):
+        group = "seen" if category in SEEN else "unseen"
+        if domain not in ("all", group):
             continue
         source = (" | " if leading_separator else "") + " | ".join(" : ".join(t.split(" | ", 2)) for t in triples)
         pairs += [
-            {"source": source, "target": text, "category": category, "entry": entry}
+            {"source": source, "target": text, "category": category, "group": group, "entry": entry}
             for comment, text in texts
             if comment == "good" or not only_good
         ]

@@ -3,13 +3,13 @@
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 
-def accuracy(predictions: list[str], references: list[list[str]], sources: list[str] | None = None) -> dict[str, float]:
+def accuracy(predictions: list[str], references: list[list[str]], *_: list[str] | None) -> dict[str, float]:
     """The share of predictions that equal one of their references."""
     hits = sum(answer in group for answer, group in zip(predictions, references, strict=True))
     return {"accuracy": hits / len(predictions)}
 
 
-def f1(predictions: list[str], references: list[list[str]], sources: list[str] | None = None) -> dict[str, float]:
+def f1(predictions: list[str], references: list[list[str]], *_: list[str] | None) -> dict[str, float]:
     """The mean F1 over all classes that are predicted or right; of at most two classes, also the F1 of each.
 
     Papers on two classes report one of these (MRPC: `f1_equivalent`); which is the positive one, no name tells.
@@ -22,7 +22,7 @@ def f1(predictions: list[str], references: list[list[str]], sources: list[str] |
     return {"f1_macro": sum(each) / len(each), **own}
 
 
-def mcc(predictions: list[str], references: list[list[str]], sources: list[str] | None = None) -> dict[str, float]:
+def mcc(predictions: list[str], references: list[list[str]], *_: list[str] | None) -> dict[str, float]:
     """Matthews correlation, as CoLA is scored; 0 where all predictions, or all references, are one class.
 
     A `ValueError` where a prediction has several references.
@@ -30,7 +30,9 @@ def mcc(predictions: list[str], references: list[list[str]], sources: list[str] 
     return {"mcc": float(matthews_corrcoef(only(references), predictions))}
 
 
-def multirc(predictions: list[str], references: list[list[str]], sources: list[str] | None = None) -> dict[str, float]:
+def multirc(
+    predictions: list[str], references: list[list[str]], sources: list[str] | None = None, *_: list[str] | None
+) -> dict[str, float]:
     """MultiRC's F1 of the answers that are "True", and the share of questions with all answers right (N18-1023).
 
     A question is what its answers' sources have before their last tab, as the data set `superglue` writes them; drawing

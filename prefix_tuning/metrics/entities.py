@@ -3,7 +3,7 @@
 from prefix_tuning.metrics.classes import only
 
 
-def seqeval(predictions: list[str], references: list[list[str]], sources: list[str] | None = None) -> dict[str, float]:
+def seqeval(predictions: list[str], references: list[list[str]], *_: list[str] | None) -> dict[str, float]:
     """Precision, recall and F1 of entities, right only if first word, last word and type are; tags between spaces.
 
     A `ValueError` for a tag other than O, B-TYPE and I-TYPE, and where a row has not one reference of its length.

@@ -18,7 +18,9 @@ def values(source: str) -> list[str]:
     return [value.strip() for value in next(filter(None, found), []) if value.strip()]
 
 
-def slots(predictions: list[str], references: list[list[str]], sources: list[str] | None = None) -> dict[str, float]:
+def slots(
+    predictions: list[str], references: list[list[str]], sources: list[str] | None = None, *_: list[str] | None
+) -> dict[str, float]:
     """The share of all slot values, 0 to 100, that their prediction repeats as whole words, whatever the case.
 
     A value that good text never repeats ("family friendly : yes") keeps even the references below 100.  A `ValueError`
@@ -26,10 +28,15 @@ def slots(predictions: list[str], references: list[list[str]], sources: list[str
     """
     if sources is None:
         raise ValueError("the metric 'slots' needs the sources beside the predictions and references")
-    pairs = [(value, text) for source, text in zip(sources, predictions, strict=True) for value in values(source)]
-    if not pairs:
+    repeated = [hit for source, text in zip(sources, predictions, strict=True) for hit in hits(text, source)]
+    if not repeated:
         raise ValueError(f"no slot in any of {len(sources)} sources; a record reads like {' or '.join(RECORDS)}")
-    return {"slot_accuracy": 100 * sum(_mentions(text, value) for value, text in pairs) / len(pairs)}
+    return {"slot_accuracy": 100 * sum(repeated) / len(repeated)}
+
+
+def hits(text: str, source: str) -> list[bool]:
+    """Whether a text repeats each slot value of its record."""
+    return [_mentions(text, value) for value in values(source)]
 
 
 def _mentions(text: str, value: str) -> bool:

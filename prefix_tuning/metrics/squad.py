@@ -7,7 +7,7 @@ from collections import Counter
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
-def squad(predictions: list[str], references: list[list[str]], sources: list[str] | None = None) -> dict[str, float]:
+def squad(predictions: list[str], references: list[list[str]], *_: list[str] | None) -> dict[str, float]:
     """The mean over questions of the best reference's exact match and F1; the reference "" is: no answer.
 
     Where some questions have none, the same of those with an answer, and the exact match of those without, which is

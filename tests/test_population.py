@@ -1,0 +1,280 @@
+"""Runs that train together are the runs that they would be alone."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import run
+from prefix_tuning import population, setup
+from prefix_tuning.errors import UserError
+from prefix_tuning.progress import Interrupted, Stop
+
+SHORT = {
+    "train.examples": 40,
+    "train.epochs": 1,
+    "train.batch_size": 16,
+    "train.shapes": 1,
+    "train.log_every": 1,
+    "evaluation.examples": 8,
+    "evaluation.batch_size": 8,
+    "evaluation.metrics": (),
+    "optimizer.warmup_steps": 1,
+}
+
+
+def configured(overrides, method="prefix"):
+    config = run.load_config(f"configs/quickstart.py:method={method}")
+    config.update_from_flattened_dict(SHORT | overrides)
+    return config.to_dict()
+
+
+@pytest.fixture(scope="module")
+def weights():
+    config = configured({})
+    return setup.read_weights(setup.make_base(config), config)
+
+
+def made(configs):
+    bases = [setup.make_base(config) for config in configs]
+    runs = [setup.make_run(*one) for one in zip(configs, bases, strict=True)]
+    population.check(configs, bases, runs)
+    return configs, bases, runs
+
+
+def stepped(engine, states=None, steps=2):
+    """The states after some steps, and each step's sums."""
+    engine.start(engine.fresh() if states is None else states)
+    sums = [engine.read(engine.advance(batch)) for batch, _ in zip(engine.batches(0), range(steps), strict=False)]
+    return jax.device_get([state.trainable for state in engine.states()]), sums
+
+
+def same_as_alone(configs, weights, tolerance=2e-5):
+    configs, bases, runs = made(configs)
+    together, sums = stepped(population.Population(configs, bases, runs, weights))
+    for number, one in enumerate(zip(configs, bases, runs, strict=True)):
+        (alone,), own = stepped(population.Single(*one, weights))
+        assert jax.tree.structure(alone) == jax.tree.structure(together[number])
+        for ours, theirs in zip(jax.tree.leaves(together[number]), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=0)
+        for ours, theirs in zip(sums, own, strict=True):
+            for name, value in theirs[0].items():
+                np.testing.assert_allclose(ours[number][name], value, rtol=1e-4, err_msg=name)
+    return together
+
+
+def prefixes(*lengths, **options):
+    """Configs that differ in length alone."""
+    return [configured({"method.length": length} | options) for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def eight():
+    """Lengths 1 to 8 at rates of their own."""
+    configs = prefixes(*range(1, 9))
+    for number, config in enumerate(configs):
+        config["optimizer"]["learning_rate"] *= 1 + number
+    return made(configs)
+
+
+def test_seeds_and_starts_on_batches_of_their_own(weights):
+    """With an MLP, whose table is as long as the prefix, and batches of other lengths; their rows are spread."""
+    options = {"method.reparametrisation": 6, "train.shapes": 2}
+    configs = prefixes(2, 4, **options) + prefixes(3, **options, seed=1)
+    for config in configs:
+        del config["method"]["scale"]
+    configs[1]["method"] |= {"init": "text", "text": "Our restaurant of the week", "fit_steps": 3}
+    same_as_alone(configs, weights)
+
+
+def test_what_a_method_keeps_beside_the_weights_is_each_runs_own(weights):
+    """The layers with a prefix, and slots that stay the keys and values of the text's first tokens."""
+    options = {"method.frozen_slots": 1, "method.init": "text", "method.text": "Text: a restaurant"}
+    one, other = prefixes(3, 4, **options)
+    for config in (one, other):
+        del config["method"]["scale"]
+    other["method"]["text"] = "Our restaurant of the week"
+    for config in (one, other):
+        config["method"]["layers"] = (1,)
+    same_as_alone([one, other], weights)
+
+
+def test_what_is_drawn_is_drawn_as_it_would_be_alone(weights):
+    # Without Adam, which makes a step of any gradient, however near to nothing.
+    options = {"method.dropout": 0.3, "method.rank": 2, "optimizer.name": "sgd", "optimizer.learning_rate": 0.5}
+    configs = [configured(options, "lora") for _ in range(2)]
+    configs[1]["optimizer"]["learning_rate"] *= 2
+    same_as_alone(configs, weights)
+
+
+def test_as_many_as_devices_are_spread_over_them(eight, weights):
+    configs, bases, runs = eight
+    engine = population.Population(configs, bases, runs, weights)
+    together, _ = stepped(engine)
+    for leaf in jax.tree.leaves((engine.state.trainable, engine.state.opt_state)):
+        assert len({str(shard.index) for shard in leaf.addressable_shards}) == 8  # no two hold the same run
+    (alone,), _ = stepped(population.Single(configs[6], bases[6], runs[6], weights))
+    for ours, theirs in zip(jax.tree.leaves(together[6]), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_slots_that_a_shorter_prefix_lacks_do_nothing(eight, weights):
+    """Whatever stands there, the step is the same, and nothing moves it."""
+    engine = population.Population(*eight, weights)
+    engine.start(engine.fresh())
+    batch = next(iter(engine.batches(0)))
+    expected = engine.read(engine.advance(batch))
+    after = jax.device_get(engine.state.trainable["decoder"]["self"])
+    for leaf in after.values():  # [runs L P K H]
+        assert not leaf[1, :, 2:].any()
+        assert np.abs(leaf[7, :, 2:]).min() > 0
+    engine.start(engine.fresh())
+    huge = jax.tree.map(lambda x: x.at[1, :, 2:].set(100.0), engine.state.trainable)
+    engine.state = engine.state.replace(trainable=jax.device_put(huge, engine.sharding))
+    found = engine.read(engine.advance(batch))
+    for one, other in zip(found, expected, strict=True):
+        for name in ("loss", "grad_norm"):
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-6)
+    for leaf in jax.tree.leaves(jax.device_get(engine.state.trainable)):
+        np.testing.assert_array_equal(leaf[1, :, 2:], np.full_like(leaf[1, :, 2:], 100.0))
+
+
+def test_who_can_train_together():
+    """In the order of the first of each group."""
+    lora = [configured({"method.rank": rank}, "lora") for rank in (1, 2)]
+    configs = [*prefixes(2, 3), lora[0], *prefixes(4, 5), lora[1], configured({"seed": 3, "method.rank": 1}, "lora")]
+    assert population.groups(configs, 3) == [[0, 1, 3], [2, 6], [4], [5]]
+    assert population.groups(configs, 1) == [[number] for number in range(7)]
+    # Masks that are drawn, and factors, depend on shapes.
+    dropped = [configured({"seed": seed}) | {"objective": {"name": "lm", "dropout": 0.1}} for seed in (0, 1)]
+    assert population.groups(dropped, 2) == [[0], [1]]
+    assert population.groups(prefixes(2, 3, **{"method.dropout": 0.1}), 2) == [[0], [1]]
+    assert population.groups(prefixes(2, 3, **{"optimizer.name": "adafactor"}), 2) == [[0], [1]]
+    both = [configured({"method.parts.prefix.length": length}, "prefix+lora") for length in (2, 3)]
+    assert population.groups(both, 2) == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ([{}, {"train.batch_size": 8}], r"differ in train.batch_size; valid: method.fit_learning_rate, .*seed"),
+        ([{}, {"method.dropout": 0.1}], "differ in method.dropout; valid: "),
+    ],
+)
+def test_runs_that_cannot_train_together(configs, message):
+    with pytest.raises(UserError, match=message):
+        made([configured(config | {"train.examples": 200}) for config in configs])
+
+
+def test_rows_that_are_packed_may_make_other_numbers_of_steps():
+    configs, bases, runs = made([configured({"train.packing": True, "seed": seed}) for seed in (0, 1)])
+    data = runs[1].data
+    runs[1] = runs[1]._replace(data=data._replace(total_steps=data.total_steps + 1))
+    with pytest.raises(UserError, match=r"take \[\d, \d\] steps; drop train.packing"):
+        population.check(configs, bases, runs)
+
+
+def test_prompts_of_other_lengths_cannot():
+    texts = ("ab cd", "a longer text of more tokens")
+    options = {"method.length": None, "method.init": "text"}
+    with pytest.raises(UserError, match="parameters of other shapes; only prefixes may, in length"):
+        made([configured(options | {"method.text": text}, "prompt") for text in texts])
+
+
+SWEEP = """
+from configs import quickstart
+
+
+def sweep(add):
+    for length in (2, 5):
+        add(f"length={length}", {"method.length": length})
+    add("broken", {"method.length": 3, "optimizer.learning_rate": float("inf")})
+
+
+get_config = quickstart.get_config
+"""
+
+
+def files(workdir):
+    """All but those whose names are drawn."""
+    found = [path.relative_to(workdir) for path in workdir.rglob("*")]
+    return sorted(str(path) for path in found if path.parts[0] not in ("tensorboard", "checkpoints"))
+
+
+def test_each_leaves_the_workdir_that_it_would_leave_alone(tmp_path, monkeypatch, capsys):
+    """Stopped and gone on with from the last step that all had saved; one that diverges ends none of the others."""
+    (tmp_path / "config.py").write_text(SWEEP)
+    options = [f"--config.{key}={value}" for key, value in SHORT.items()]
+    options += ["--config.train.checkpoint_every=1", "--config.train.epochs=2", "--config.optimizer.clip=1000.0"]
+    command = ["train", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/together", *options]
+    calls = iter(range(100))
+
+    def stop(self):
+        if next(calls) == 4:
+            raise Interrupted(130)
+
+    monkeypatch.setattr(Stop, "check", stop)
+    assert run.main([*command, "--runs=length=2,length=5"]) == 130
+    monkeypatch.undo()
+    root = tmp_path / "together"
+    steps = sorted(int(path.name) for path in (root / "length=5" / "checkpoints").iterdir())
+    shutil.rmtree(root / "length=5" / "checkpoints" / str(steps[-1]))  # as if it had been stopped while it saved
+    assert run.main(["sweep", *command[1:], "--config.train.population=3"]) == 1
+    assert "error: 1 of 3 runs failed or were stopped: broken; " in capsys.readouterr().err
+    log = (root / "broken" / "log.txt").read_text()  # the last of those that train together has it
+    assert "broken: loss" in log
+    assert "error: 1 of 3 runs failed; " in log
+    for name in ("length=2", "length=5"):
+        alone = tmp_path / "alone" / name
+        length = name.partition("=")[2]
+        assert run.main([*command[:2], f"--workdir={alone}", *options, f"--config.method.length={length}"]) == 0
+        ours, theirs = (
+            {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+            for folder in (root / name, alone)
+        )
+        assert ours["config.json"] == theirs["config.json"]
+        assert files(root / name) == files(alone)
+        for key, value in theirs["summary.json"]["tuned"].items():
+            np.testing.assert_allclose(ours["summary.json"]["tuned"][key], value, rtol=1e-4)
+        assert ours["summary.json"]["population"] == 3
+        assert ours["summary.json"]["parameters"] == theirs["summary.json"]["parameters"]
+        lines = [
+            [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            for folder in (root / name, alone)
+        ]
+        assert [line.keys() for line in lines[0]] == [line.keys() for line in lines[1]]
+        for one, other in zip(*lines, strict=True):
+            for key in one.keys() & {"step", "train/loss", "train/learning_rate", "eval/loss"}:
+                np.testing.assert_allclose(one[key], other[key], rtol=1e-4)
+        pair = [safetensors.numpy.load_file(f / "adapter" / "adapter_model.safetensors") for f in (root / name, alone)]
+        for key, value in pair[1].items():
+            np.testing.assert_allclose(pair[0][key], value, atol=1e-4)
+    assert run.main([*command, "--runs=length=5,length=2"]) == 0  # finished: only told again
+    assert "is finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--runs=length=2,lenth"],
+            "--runs: 'lenth' does not begin with a run of the sweep; valid: length=2; length=5",
+        ),
+        (["--runs=length=2,length=2"], "--runs='length=2,length=2' names no run, or one twice"),
+        (["--config.train.population=3"], "train.population=3 is how many runs of a sweep train at once; expected 1"),
+    ],
+)
+def test_what_cannot_be_run_together_is_said_first(tmp_path, capsys, options, message):
+    (tmp_path / "config.py").write_text(SWEEP)
+    assert run.main(["train", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/w", *options]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+
+
+def test_names_of_runs_may_have_commas():
+    planned = run.listed("configs/e2e_smollm2.py")
+    names = ("length=10,seed=1", "length=1,seed=0")
+    assert tuple(one.name for one in run.chosen(",".join(names), planned)) == names
