@@ -224,7 +224,7 @@ def small(monkeypatch):
 
 def write_summary(folder, **tuned):
     folder.mkdir(parents=True)
-    summary = {"tuned": tuned, "parameters": {"trained": 1}, "seconds": 60.0}
+    summary = {"untuned": {}, "tuned": tuned, "parameters": {"trained": 1}, "seconds": 60.0}
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
