@@ -160,9 +160,11 @@ def test_rows_of_padding_make_no_nan(twin, family):
         wanted, slopes_alone = gradient(adaptation, alone)
         np.testing.assert_allclose(value, wanted, rtol=1e-6)
         assert np.isfinite(batch_logits(model, frozen, adaptation, with_filler)).all()
+        # The keys' own slopes are nothing but rounding where the softmax is certain, that is at the second scale.
+        largest = max(np.abs(x).max() for x in jax.tree.leaves(slopes_alone))
         for one, other in zip(jax.tree.leaves(slopes), jax.tree.leaves(slopes_alone), strict=True):
             assert np.isfinite(one).all()
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * np.abs(other).max())
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * largest)
             assert scale > 1 or np.abs(other).max() > 0
 
 

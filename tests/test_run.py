@@ -278,7 +278,10 @@ def test_a_key_that_no_factory_knows_is_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "unknown command 'trian'; valid: train, eval, generate, score, export, sweep, import, params"),
+        (
+            ["trian"],
+            "unknown command 'trian'; valid: train, eval, generate, score, export, sweep, report, table, import, params",
+        ),
         (["train"], "train needs --config and --workdir"),
         (["train", "--config=nope.py", "--workdir=w"], "there is no config file nope.py; shipped: configs/"),
         (["train", "--config={config}:qick", "--workdir=w"], "unknown config argument 'qick'; valid: method, quick"),

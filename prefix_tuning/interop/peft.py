@@ -269,7 +269,9 @@ def read_table(
         raise UserError(f"{where} holds no tensor; expected {KEY}")
     rows, told = shapes[KEY][0], config.get("num_virtual_tokens")
     parts = config.get("num_transformer_submodules") or 1
-    expected = (rows,) if config["peft_type"] not in ("PROMPT_TUNING", "P_TUNING") else (rows, rows // max(parts, 1))
+    if not isinstance(parts, int) or parts < 1:
+        raise UserError(f"{where}: num_transformer_submodules is {parts!r}; expected a number of at least 1")
+    expected = (rows,) if config["peft_type"] not in ("PROMPT_TUNING", "P_TUNING") else (rows, rows // parts)
     if told is not None and told not in expected:
         raise UserError(f"{where} holds {rows} virtual tokens, and its config says {told!r}")
     return np.asarray(read(KEY), np.float32)
