@@ -44,7 +44,7 @@ def varying(config: dict[str, Any]) -> set[str]:
     for name in parts:
         path = f"method.parts.{name}" if method["name"] == "compose" else "method"
         keys |= {f"{path}.{key}" for key in STARTS.get(name, ())}
-        if name == "prefix" and not drawn and config["optimizer"].get("name") != "adafactor":
+        if name == "prefix" and not drawn and not config["optimizer"].get("name", "").startswith("adafactor"):
             keys.add(f"{path}.length")
     return keys
 

@@ -152,7 +152,8 @@ def test_who_can_train_together():
     dropped = [configured({"seed": seed}) | {"objective": {"name": "lm", "dropout": 0.1}} for seed in (0, 1)]
     assert population.groups(dropped, 2) == [[0], [1]]
     assert population.groups(prefixes(2, 3, **{"method.dropout": 0.1}), 2) == [[0], [1]]
-    assert population.groups(prefixes(2, 3, **{"optimizer.name": "adafactor"}), 2) == [[0], [1]]
+    for name in ("adafactor", "adafactor_unscaled"):
+        assert population.groups(prefixes(2, 3, **{"optimizer.name": name}), 2) == [[0], [1]]
     both = [configured({"method.parts.prefix.length": length}, "prefix+lora") for length in (2, 3)]
     assert population.groups(both, 2) == [[0, 1]]
 

@@ -394,7 +394,7 @@ def test_defaults_are_the_released_codes():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"name": "lion"}, r"unknown optimizer\.name 'lion'; valid: adafactor, adamw, sgd"),
+        ({"name": "lion"}, r"unknown optimizer\.name 'lion'; valid: adafactor, adafactor_unscaled, adamw, sgd"),
         ({"schedule": "step"}, r"unknown optimizer\.schedule 'step'; valid: constant, cosine, linear"),
         ({"warmup_steps": 10}, "warmup_steps=10 must be at least 0 and below the 10 steps of the run"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must be"),
