@@ -183,6 +183,10 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
     evaluation = call("evaluation", Evaluation, config["evaluation"])
     for name in evaluation.metrics:
         valid("metric", name, METRICS)
+    if train.draw is not None and train.examples is None:
+        raise UserError(
+            f"train.draw={train.draw} is the seed that draws train.examples, which is None; set both or neither"
+        )
     pairs = load_split(config, "train")
     if train.examples is not None:
         pairs = said(data.subsample, pairs, train.examples, config["seed"] if train.draw is None else train.draw)

@@ -29,6 +29,7 @@ SHORT = {
 
 def configured(**overrides):
     config = run.load_config("configs/quickstart.py")
+    config.train.draw = None
     config.update_from_flattened_dict(SHORT | {key.replace("_", ".", 1): value for key, value in overrides.items()})
     return config.to_dict()
 
@@ -111,6 +112,10 @@ def test_epochs_can_be_counted_instead_of_steps(tmp_path, losses):
         ({"train_eval_every": None}, "evaluation.select needs evaluations to choose among: set train.eval_every or"),
         ({"train_eval_epochs": 1}, "train.eval_every and train.eval_epochs both say when to evaluate"),
         ({"train_eval_every": 0}, "train.eval_every must be at least 1 or None, got 0"),
+        (
+            {"train_examples": None, "train_draw": 3},
+            "train.draw=3 is the seed that draws train.examples, which is None",
+        ),
         ({"evaluation_patience": -1}, "evaluation.patience must be at least 0 or None, got -1"),
         ({"evaluation_select": None, "evaluation_patience": 2}, "evaluation.patience waits for a better"),
     ],
