@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent
 QUICKSTART = ["train", "--config=configs/quickstart.py", "--workdir=runs/quickstart"]
 REQUIRED = object()
 LAUNCHER = {"launcher": "local", "slurm": None}  # options of commands that start many runs
+HOSTS = {"hosts": None}  # of those that may run in several processes, which prefix_tuning/hosts.py joins
 
 
 class Command(NamedTuple):
@@ -26,6 +27,14 @@ class Command(NamedTuple):
     options: dict[str, Any]
     run: Callable[..., None]
     several: str | None = None  # the function's parameter that takes the arguments without a name, if it has one
+
+
+def tell(text: str) -> None:
+    """Prints what a command that may run on several hosts has to say, on the first of them."""
+    from prefix_tuning import hosts
+
+    if hosts.primary():
+        print(text)
 
 
 def train(config: dict[str, Any], workdir: str, runs: str | None, file: str, flags: list[str]) -> None:
@@ -38,27 +47,27 @@ def train(config: dict[str, Any], workdir: str, runs: str | None, file: str, fla
         planned = chosen(runs, listed(file))
         configs = [alone(configured(one, flags)) for one in planned]
         summaries = train_together(configs, [Path(workdir) / one.name for one in planned])
-        print("\n\n".join(map(progress.table, summaries)))
+        tell("\n\n".join(map(progress.table, summaries)))
     elif "compare" in config:
         from prefix_tuning.variants import train_variants
 
-        print(train_variants(config, workdir))
+        tell(train_variants(config, workdir))
     else:
-        print(progress.table(run(config, workdir)))
+        tell(progress.table(run(config, workdir)))
 
 
 def evaluate(workdir: str, split: str) -> None:
     """Scores a workdir's newest checkpoint on a split."""
     from prefix_tuning import api
 
-    print(json.dumps(api.evaluate_workdir(workdir, split), indent=2))
+    tell(json.dumps(api.evaluate_workdir(workdir, split), indent=2))
 
 
 def generate(workdir: str, input: str, output: str) -> None:
     """Adds a prediction to every line of a file."""
     from prefix_tuning import api
 
-    print(f"{api.generate_file(workdir, input, output)} lines written to {output}")
+    tell(f"{api.generate_file(workdir, input, output)} lines written to {output}")
 
 
 def score(metrics: str, predictions: str, references: str, sources: str | None, groups: str | None) -> None:
@@ -263,13 +272,13 @@ def at_least_one(option: str, value: str) -> int:
 COMMANDS = {
     "train": Command(
         "train, evaluate and export; the same command resumes; --runs: several of the config's sweep(add) at once",
-        {"config": REQUIRED, "workdir": REQUIRED, "runs": None},
+        {"config": REQUIRED, "workdir": REQUIRED, "runs": None} | HOSTS,
         train,
     ),
-    "eval": Command("restore, decode, score", {"workdir": REQUIRED, "split": "test"}, evaluate),
+    "eval": Command("restore, decode, score", {"workdir": REQUIRED, "split": "test"} | HOSTS, evaluate),
     "generate": Command(
         "JSON lines with `source` in, with `prediction` out",
-        {"workdir": REQUIRED, "input": REQUIRED, "output": REQUIRED},
+        {"workdir": REQUIRED, "input": REQUIRED, "output": REQUIRED} | HOSTS,
         generate,
     ),
     "score": Command(
@@ -413,22 +422,31 @@ def main(arguments: list[str]) -> int:
         if "--debug" in arguments:
             raise
         return fail(error)
+    hosts, lost, code = None, None, 0
     try:
+        if "hosts" in command.options:
+            from prefix_tuning import hosts
+
+            hosts.start(values.pop("hosts"))
         command.run(**values)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        code = 130
     except Exception as error:
+        lost = hosts and hosts.lost(error)
         if type(error).__name__ == "Interrupted":
-            return error.args[0]
-        if debug or type(error).__name__ != "UserError":
+            code = error.args[0]
+        elif debug or (type(error).__name__ != "UserError" and not lost):
             traceback.print_exc()
-            return 1
-        return fail(error)
-    return 0
+            code = 1
+        else:
+            code = fail(lost or error)
+    if hosts is not None:
+        hosts.leave(code, gone=bool(lost))
+    return code
 
 
-def fail(error: Exception) -> int:
+def fail(error: Exception | str) -> int:
     """Prints an error as one line."""
     text = str(error.args[0]) if isinstance(error, KeyError) else str(error)  # a KeyError quotes its message
     text = " ".join(text.split()) or type(error).__name__

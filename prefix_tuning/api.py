@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_tuning import evaluate, parallel, publish, setup
+from prefix_tuning import evaluate, hosts, parallel, publish, setup
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.decode import DecodeConfig, make_generate
 from prefix_tuning.errors import UserError, valid
@@ -186,11 +186,15 @@ def evaluate_workdir(workdir: str, split: str) -> dict[str, Any]:
     chosen = setup.make_split(config, base, split, section.examples)
     write = evaluate.make_writer(base, section.batch_size)
     predictions = write(*base.method.bind(frozen, trainable), chosen.prompts, config["seed"])
-    scores = {"step": step, "records": len(chosen.records), **evaluate.score(section.metrics, predictions, chosen)}
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluate.rows(predictions, chosen))
-    replace(Path(workdir) / "predictions" / f"{split}.jsonl", lines)
-    write_json(Path(workdir) / f"eval_{split}.json", scores)
-    return scores
+
+    def written() -> dict[str, Any]:
+        scores = {"step": step, "records": len(chosen.records), **evaluate.score(section.metrics, predictions, chosen)}
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluate.rows(predictions, chosen))
+        replace(Path(workdir) / "predictions" / f"{split}.jsonl", lines)
+        write_json(Path(workdir) / f"eval_{split}.json", scores)
+        return scores
+
+    return hosts.agreed(written)
 
 
 def generate_file(workdir: str, source: str, output: str) -> int:
@@ -215,7 +219,8 @@ def generate_file(workdir: str, source: str, output: str) -> int:
     write = evaluate.make_writer(base, section.batch_size)
     predictions = write(*base.method.bind(frozen, trainable), prompts, config["seed"])
     done = [row | {"prediction": prediction} for row, prediction in zip(rows, predictions, strict=True)]
-    replace(Path(output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done))
+    if hosts.primary():
+        replace(Path(output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done))
     return len(done)
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from prefix_tuning import metrics, parallel
+from prefix_tuning import hosts, metrics, parallel
 from prefix_tuning.data import pipeline, tasks
 from prefix_tuning.decode import make_generate
 from prefix_tuning.errors import UserError
-from prefix_tuning.setup import Base, Run, Split
+from prefix_tuning.setup import Base, Run, Split, own_part
 from prefix_tuning.types import Adaptation, Batch, Params
 
 SHAPES = 4  # padded lengths that batches of what is chosen may have
@@ -26,9 +26,10 @@ def make_writer(base: Base, batch_size: int, *, check: Callable = lambda: None) 
 
     `check` runs between batches and may raise.
 
-    Rows of a batch are spread over the local devices; raises `UserError` if batch_size does not divide evenly.
+    Rows of a batch are spread over the local devices, batches over hosts, each of which gets all answers; `check` must
+    then be a meeting of all.  Raises `UserError` if batch_size does not divide evenly.
     """
-    parallel.check_rows(batch_size)
+    parallel.check_rows(batch_size, own=True)
     return make_chooser(base, batch_size, check) if base.task else make_generator(base, batch_size, check)
 
 
@@ -38,15 +39,16 @@ def make_chooser(base: Base, batch_size: int, check: Callable) -> Write:
 
     def write(params: Params, adaptation: Adaptation, encoded: tasks.Encoded, seed: int) -> list[str]:
         del seed
-        scores: list[np.ndarray | None] = [None] * len(encoded.examples)
-        for indices, batch in pipeline.eval_batches(encoded.examples, batch_size=batch_size, shapes=SHAPES):
-            check()
+        scores: dict[int, np.ndarray] = {}
+        batches = pipeline.eval_batches(encoded.examples, batch_size=batch_size, shapes=SHAPES)
+        for _, (indices, batch) in hosts.shared_out(batches, check):
             rows = Batch(**jax.tree.map(parallel.split_rows, batch))
             found = jax.device_get(predict(params, adaptation, rows))
             for b, i in enumerate(indices):
                 if i >= 0:
-                    scores[i] = found[b]
-        return tasks.answers(base.task, encoded, scores)
+                    scores[int(i)] = found[b]
+        scores = hosts.collected(scores)
+        return tasks.answers(base.task, encoded, [scores[i] for i in range(len(encoded.examples))])
 
     return write
 
@@ -60,18 +62,18 @@ def make_generator(base: Base, batch_size: int, check: Callable) -> Write:
         longest -= base.prefix_length + written
 
     def write(params: Params, adaptation: Adaptation, prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
-        texts = [""] * len(prompts)
+        texts: dict[int, str] = {}
         batches = pipeline.prompt_batches(prompts, batch_size=batch_size, multiple=MULTIPLE, longest=longest)
-        for number, (indices, tokens, lengths) in enumerate(batches):
-            check()
+        for number, (indices, tokens, lengths) in hosts.shared_out(batches, check):
             key = jax.random.fold_in(jax.random.key(seed), number)
             rows = parallel.split_rows(tokens), parallel.split_rows(lengths)
             new, new_lengths = jax.device_get(generate(params, adaptation, *rows, key))
             for b, i in enumerate(indices):
                 if i >= 0:
                     text = base.tokenizer.decode(new[b, : new_lengths[b]], skip_special_tokens=True)
-                    texts[i] = text.strip()
-        return texts
+                    texts[int(i)] = text.strip()
+        found = {number: text for one in hosts.gather(list(texts.items())) for number, text in one}
+        return [found[i] for i in range(len(prompts))]
 
     return write
 
@@ -96,7 +98,8 @@ def mean_loss(
 ) -> dict[str, float]:
     """Loss as training normalises it and accuracy on a split's pairs, and perplexity per token of what is written."""
     totals: dict[str, np.ndarray] = {}
-    for _, batch in pipeline.eval_batches(split.pairs, batch_size=run.evaluation.batch_size, shapes=run.train.shapes):
+    options = {"batch_size": run.evaluation.batch_size, "shapes": run.train.shapes, "part": own_part()}
+    for _, batch in pipeline.eval_batches(split.pairs, **options):
         check()
         local = jax.tree.map(lambda x: x[:, 0], parallel.split_batch(batch))
         sums = jax.device_get(step(frozen, trainable, local))

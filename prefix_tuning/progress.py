@@ -13,6 +13,7 @@ import jax
 import optax
 from tqdm import tqdm
 
+from prefix_tuning import hosts
 from prefix_tuning.errors import UserError
 from prefix_tuning.record import Record
 from prefix_tuning.train_step import Sums
@@ -25,10 +26,11 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Notes the first SIGTERM or Ctrl-C for `check` to raise; a second one kills as usual."""
+    """Notes the first SIGTERM or Ctrl-C for `check` to raise, on all hosts at once; a second one kills as usual."""
 
     def __enter__(self) -> "Stop":
         self.number = None
+        self.known = None  # the largest number that any host had when `check` was called last
         self.usual = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -43,9 +45,15 @@ class Stop:
         say(f"{signal.Signals(number).name}: saving, then stopping (once more to stop at once)")
 
     def check(self) -> None:
-        """Raises `Interrupted` if a signal has come."""
-        if self.number is not None:
-            raise Interrupted(128 + self.number)
+        """Raises `Interrupted` if a signal has come.
+
+        On several hosts all must call it, and what has come to one of them raises on all, in the next call: by then
+        the answer is there, and no device waits for it.
+        """
+        before, self.known = self.known, hosts.largest(self.number or 0)
+        number = int((self.known if hosts.count() == 1 else before) or 0)
+        if number:
+            raise Interrupted(128 + number)
 
 
 class Meter:
@@ -64,8 +72,9 @@ class Meter:
     ):
         """Goes on after step `first` of `total`, from the `notes` of the run that was stopped there.
 
-        A quiet one shows nothing.
+        A quiet one shows nothing; nor do those of other hosts than the first.
         """
+        quiet = quiet or not hosts.primary()
         self.record, self.schedule, self.total, self.log_every = record, schedule, total, log_every
         self.seconds, self.window = (notes["seconds"], notes["window"]) if notes else (0.0, {})
         self.recent = collections.deque(notes["recent"] if notes else (), maxlen=RECENT)  # seconds of the last steps
@@ -188,5 +197,6 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def say(line: str) -> None:
-    """Prints a line for the user beside a progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    """Prints a line for the user beside a progress bar; of several hosts the first one does."""
+    if hosts.primary():
+        tqdm.write(line, file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import tensorboardX
 
+from prefix_tuning import hosts
 from prefix_tuning.errors import UserError
 from prefix_tuning.files import guarded, read_json, read_lines, replace, write_json
 
@@ -22,22 +23,29 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
 
 
 class Record:
-    """One workdir, opened for a run; every file is JSON that stays readable while the run goes on."""
+    """One workdir, opened for a run; every file is JSON that stays readable while the run goes on.
+
+    Of several hosts the first one writes.
+    """
 
     def __init__(self, workdir: str | os.PathLike, config: dict[str, Any]):
         """Makes the folder; raises `UserError` if it cannot be written."""
         self.workdir = Path(workdir)
+        self.lines = None
+        self.board = None
+        if not hosts.primary():
+            return
         try:
             (self.workdir / "predictions").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to workdir {self.workdir}: {error.strerror}") from error
         write_json(self.workdir / "config.json", config)
         write_json(self.workdir / "environment.json", environment())
-        self.lines = None
-        self.board = None
 
     def start(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Opens the metrics; lines that a killed run wrote after its last checkpoint are those not to `keep`."""
+        if not hosts.primary():
+            return
         path = self.workdir / "metrics.jsonl"
         kept = [line for line in read_lines(path) if keep(line)] if path.exists() else []
         replace(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -48,19 +56,20 @@ class Record:
 
     def metrics(self, step: int, values: dict[str, float | None]) -> None:
         """Appends one line of named floats to metrics.jsonl, and to TensorBoard."""
+        if self.lines is None:
+            return
         line = json.dumps({"step": step, **values}) + "\n"
         guarded(self.workdir, lambda: (self.lines.write(line), self.lines.flush()))
         for name, value in values.items():
             if value is not None:
                 self.board.add_scalar(name, value, step)
 
-    def predictions(self, name: str, rows: list[dict[str, Any]]) -> Path:
+    def predictions(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Writes predictions/NAME.jsonl, one object a line."""
         path = self.workdir / "predictions" / f"{name}.jsonl"
-        guarded(
-            self.workdir, lambda: replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        )
-        return path
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if hosts.primary():
+            guarded(self.workdir, lambda: replace(path, text))
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -95,6 +104,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "devices": [device.device_kind for device in jax.local_devices()],
+        "hosts": hosts.count(),
         "commit": git.stdout.strip() or None,
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }

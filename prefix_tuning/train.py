@@ -1,12 +1,14 @@
 """The loop: train, evaluate, save; stop at any moment and go on with the same command."""
 
 import dataclasses
+import json
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefix_tuning import evaluate, metrics, parallel, population, publish, setup
-from prefix_tuning.checkpoint import Checkpoints
+from prefix_tuning import evaluate, hosts, metrics, parallel, population, publish, setup
+from prefix_tuning.checkpoint import Checkpoints, checksum, plain
 from prefix_tuning.data.pipeline import Tokens, without
 from prefix_tuning.data.tasks import Encoded
 from prefix_tuning.errors import UserError, valid
@@ -109,10 +111,14 @@ def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | P
     parallel.check_rows(evaluation.batch_size)
     check_selection(runs[0])
     if len(configs) > 1:
+        if hosts.count() > 1:
+            raise UserError(f"{len(configs)} runs cannot train together on {hosts.count()} hosts; expected one run")
         population.check(configs, bases, runs)
     for config, workdir in zip(configs, workdirs, strict=True):
         check_config(workdir, config)
-    summaries = {str(w): read_json(Path(w) / SUMMARY, WORKDIR) for w in workdirs if (Path(w) / SUMMARY).exists()}
+    summaries = hosts.agreed(
+        lambda: {str(w): read_json(Path(w) / SUMMARY, WORKDIR) for w in workdirs if (Path(w) / SUMMARY).exists()}
+    )
     for workdir in summaries:
         say(f"{workdir} is finished; this is what came out")
     left = [i for i, workdir in enumerate(workdirs) if str(workdir) not in summaries]
@@ -134,6 +140,10 @@ def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | P
         engine = kind(*([one[0] for one in made] if alone else made), weights)
         states = restore_together(members, engine.fresh())
         first, total = int(states[0].step), runs[0].data.total_steps
+        # What has begun to differ, in data or weights, would never be noticed: every host adds to the same gradient.
+        if hosts.count() > 1:
+            config = zlib.crc32(json.dumps(configs, sort_keys=True).encode())
+            hosts.same(config=config, steps=total, step=first, state=checksum(plain(states[0])))
         for number, member in enumerate(members):
             # Lines beyond the checkpoint come again; so does its own evaluation, if that was cut short.
             evaluated = member.evaluated
@@ -233,8 +243,9 @@ def finish(
         tuned = member.best["scores"]
     else:
         tuned = score(number, state, evaluation.final_split, run.final)
-    folder = export_adapter(
-        member.base, member.config, engine.own(number), state.trainable, member.record.workdir / "adapter"
+    target = member.record.workdir / "adapter"
+    folder = hosts.agreed(
+        lambda: export_adapter(member.base, member.config, engine.own(number), state.trainable, target)
     )
     summary = {
         "split": evaluation.final_split,
@@ -250,9 +261,13 @@ def finish(
         "adapter": folder,
     }
     scores = {"step": int(state.step), "records": len(run.final.records), **tuned}
-    write_json(member.record.workdir / f"eval_{evaluation.final_split}.json", scores)
-    write_json(member.record.workdir / SUMMARY, summary)
-    return summary
+
+    def written() -> dict[str, Any]:
+        write_json(member.record.workdir / f"eval_{evaluation.final_split}.json", scores)
+        write_json(member.record.workdir / SUMMARY, summary)
+        return summary
+
+    return hosts.agreed(written)
 
 
 def restore_together(members: Sequence[Member], fresh: Sequence[TrainState]) -> list[TrainState]:
@@ -349,7 +364,7 @@ def make_scorer(
             return loss
         predictions = write(*engine.method.bind(frozen, trainable), split.prompts, member.config["seed"])
         rows = evaluate.rows(predictions, split)
-        scores = loss | evaluate.score(evaluation.metrics, predictions, split)
+        scores = loss | hosts.agreed(lambda: evaluate.score(evaluation.metrics, predictions, split))
         record.predictions(f"{name}_{at}", rows)
         record.metrics(at, {f"{prefix}/{key}": value for key, value in scores.items()})
         for row in rows[: evaluation.samples]:
@@ -368,21 +383,22 @@ def score_untuned(engine: population.Single | population.Population, members: Se
     if not evaluation.metrics or base.objective.head is not None:  # a fresh head knows nothing
         return
     paths = [member.record.workdir / "predictions" / "untuned.jsonl" for member in members]
-    done = next((path for path in paths if path.exists()), None)
-    if done is not None:
-        predictions = [row["prediction"] for row in read_lines(done)]
-    else:
+    predictions = hosts.agreed(
+        lambda: next(([row["prediction"] for row in read_lines(path)] for path in paths if path.exists()), None)
+    )
+    if predictions is None:
         say(f"decoding {len(split.records)} records with the untuned model")
         write = evaluate.make_writer(base, evaluation.batch_size, check=stop.check)
-        predictions = write(engine.own(0), Adaptation(), plain(split.prompts, base), first.config["seed"])
-    scores = evaluate.score(evaluation.metrics, predictions, split)
+        prompts = without_virtual(split.prompts, base)
+        predictions = write(engine.own(0), Adaptation(), prompts, first.config["seed"])
+    scores = hosts.agreed(lambda: evaluate.score(evaluation.metrics, predictions, split))
     for member, path in zip(members, paths, strict=True):
         member.untuned = scores
         if not path.exists():
             member.record.predictions("untuned", evaluate.rows(predictions, split))
 
 
-def plain(prompts: list[list[int]] | Encoded, base: setup.Base) -> list[list[int]] | Encoded:
+def without_virtual(prompts: list[list[int]] | Encoded, base: setup.Base) -> list[list[int]] | Encoded:
     """Prompts without virtual tokens, which the untuned model does not have."""
     if isinstance(prompts, Encoded):
         return prompts._replace(examples=[without(example, base.model.vocabulary) for example in prompts.examples])

@@ -210,19 +210,38 @@ def without(example: Example, virtual: int) -> Example:
     return Example([example.read[i] for i in kept], moved, example.targets, types, parts)
 
 
-def collate(rows: Sequence[Sequence[Tokens | Example]], length: int, targets: int) -> dict[str, np.ndarray]:
+class Part(NamedTuple):
+    """Which rows of every batch a process makes: one of so many equal parts, in order."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, rows: Sequence) -> Sequence:
+        """This part of them."""
+        size = len(rows) // self.count
+        return rows[self.index * size : (self.index + 1) * size]
+
+
+WHOLE = Part()
+
+
+def collate(
+    rows: Sequence[Sequence[Tokens | Example]], length: int, targets: int, part: Part = WHOLE
+) -> dict[str, np.ndarray]:
     """Lays out rows of packed examples as a batch of T = `length` and N = `targets`; a row without any is filler.
 
-    With sources S = `length` and T = N.
+    With sources S = `length` and T = N.  Of the rows only a `part` is laid out, with the fields that all would have.
     """
     rows = [[x.example if isinstance(x, Tokens) else x for x in row] for row in rows]
     sourced = any(x.source is not None for row in rows for x in row)
+    typed = any(x.types is not None for row in rows for x in row)
+    rows = part.of(rows)
     written = targets if sourced else length
     batch = {name: np.zeros((len(rows), written), np.int32) for name in ("tokens", "positions", "segments")}
     batch |= {name: np.zeros((len(rows), targets), np.int32) for name in ("target_index", "targets")}
     batch["mask"] = np.zeros((len(rows), targets), np.float32)
     batch["examples"] = np.array([len(row) for row in rows], np.int32)
-    if any(x.types is not None for row in rows for x in row):
+    if typed:
         batch["types"] = np.zeros((len(rows), length), np.int32)
     for b, row in enumerate(rows):
         start, first, segment = 0, 0, 0
@@ -306,11 +325,12 @@ def train_data(
     packing: bool,
     shapes: int,
     prefetch: int,
+    part: Part = WHOLE,
 ) -> TrainData:
     """Plans a run of `epochs` in batches of `batch_size` rows, `prefetch` of which a thread makes ahead.
 
-    Unpacked, batches take at most `shapes` shapes; packed, one.  Raises UserError without examples, and for a first
-    step beyond the last.
+    Unpacked, batches take at most `shapes` shapes; packed, one.  Of each batch it makes a `part`.  Raises
+    UserError without examples, and for a first step beyond the last.
     """
     _at_least_one(batch_size=batch_size, epochs=epochs, shapes=shapes)
     lengths, targets = _sizes(examples)
@@ -330,7 +350,7 @@ def train_data(
     def batch(step: int) -> dict[str, np.ndarray]:
         epoch = int(np.searchsorted(ends, step, side="right"))
         rows, shape = plan(epoch)[step - (ends[epoch] - steps[epoch])]
-        return collate([[examples[i] for i in row] for row in rows], *shape)
+        return collate([[examples[i] for i in row] for row in rows], *shape, part)
 
     def batches(start_step: int) -> grain.DatasetIterator:
         if not 0 <= start_step <= ends[-1]:
@@ -344,15 +364,18 @@ def train_data(
 
 
 def eval_batches(
-    examples: Sequence[Tokens | Example], *, batch_size: int, shapes: int
+    examples: Sequence[Tokens | Example], *, batch_size: int, shapes: int, part: Part = WHOLE
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Yields (indices [B], batch) with every example once, longest first; -1 is a row that only fills the batch."""
+    """Yields (indices [B], batch) with every example once, longest first; -1 is a row that only fills the batch.
+
+    Of each batch it makes a `part`.
+    """
     _at_least_one(batch_size=batch_size, shapes=shapes)
     lengths, targets = _sizes(examples)
     sizes = bucket_shapes(lengths, targets, shapes)
     for indices in _longest_first(lengths, batch_size):
         shape = _smallest(sizes, lengths[indices[0]])
-        yield indices, collate([[examples[i]] if i >= 0 else [] for i in indices], *shape)
+        yield part.of(indices), collate([[examples[i]] if i >= 0 else [] for i in indices], *shape, part)
 
 
 def prompt_batches(

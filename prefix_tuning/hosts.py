@@ -1,0 +1,231 @@
+"""Several processes of one run: how they find each other, what they tell each other, and how they end together.
+
+    python run.py train ... --hosts=auto                  # Slurm, TPU pods, GKE, Open MPI: JAX finds the others
+    python run.py train ... --hosts=10.0.0.1:1234,4,0     # process 0 of 4; it listens at that address
+
+Every process runs the same command and takes the same steps in the same order; each function below that says "all
+must call it" is a meeting of all of them.  What is written, the first process writes, so that `--workdir` must be a
+folder that all of them see.  A process that goes without a word is noticed by the others: by JAX's collectives at once
+where its connections break, else by the heartbeats of JAX's coordination service.
+"""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from prefix_tuning.errors import UserError
+
+T = TypeVar("T")
+HEARTBEAT = 30  # seconds without one after which a process counts as lost
+ARRIVE = 300  # seconds in which all processes must have started
+LEAVE = 10  # seconds that a process which has failed waits for the others to fail as well
+AUTO = "auto"
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+AGAIN = "the same command on all hosts goes on from the last checkpoint"
+# What Gloo, NCCL and JAX's coordination service say about a process that is gone.
+GONE = re.compile(r"gloo|nccl|coordination|heartbeat|barrier|connection (closed|reset|refused)|socket closed", re.I)
+
+last_words: subprocess.Popen | None = None
+
+
+def start(hosts: str | None, environment: Mapping[str, str] = os.environ) -> None:
+    """Joins the other processes of this run, before JAX touches a device; a single process starts nothing.
+
+    `hosts` is "auto", "ADDRESS:PORT,COUNT,INDEX", or None: then the environment's `VARIABLES`, or a step of Slurm with
+    several tasks, say it.  Raises `UserError` for anything else, and where JAX finds no others.
+    """
+    found = asked(hosts, environment)
+    if found is None:
+        return
+    address, count, index = found
+    options: dict[str, Any] = {"initialization_timeout": ARRIVE, "heartbeat_timeout_seconds": HEARTBEAT}
+    if address is not None:
+        options |= {"coordinator_address": address, "num_processes": count, "process_id": index}
+        options |= {"cluster_detection_method": "deactivate"}
+    where = f"{address}, {count} of them" if address else "the address that JAX has found"
+    say_at_death(f"error: the processes did not all come together at {where}, within {ARRIVE} s; {AGAIN}")
+    try:
+        jax.distributed.initialize(**options)
+    except Exception as error:  # the many types of what is wrong with an address, a cluster, a port
+        say_at_death("")
+        raise UserError(f"--hosts={hosts or 'of the environment'}: {error}") from error
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX has taken it, and would only note it
+    say_at_death(
+        f"error: process {jax.process_index()} of {jax.process_count()} was killed, or ended by JAX because another one"
+        f" is lost; {AGAIN}"
+    )
+
+
+def asked(hosts: str | None, environment: Mapping[str, str]) -> tuple[str | None, int, int] | None:
+    """(address, count, index) of this process, (None, 0, 0) where JAX is to find them, None for a run of one process.
+
+    Raises `UserError` for what is none of these.
+    """
+    text = hosts
+    if hosts is None and environment.get(VARIABLES[0]):
+        missing = [name for name in VARIABLES if not environment.get(name)]
+        if missing:
+            raise UserError(f"the environment has {VARIABLES[0]} and not {' and '.join(missing)}; set all or none")
+        text = ",".join(environment[name] for name in VARIABLES)
+    if text is None and environment.get("SLURM_PROCID") and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        text = AUTO  # otherwise each task would train a run of its own in the same folder
+    if text is None:
+        return None
+    if text == AUTO:
+        return None, 0, 0
+    parsed = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", text)
+    if parsed is None or not int(parsed[3]) < int(parsed[2]):
+        raise UserError(f"--hosts={text!r}; expected auto, or ADDRESS:PORT,COUNT,INDEX with an INDEX from 0 to COUNT-1")
+    return (parsed[1], int(parsed[2]), int(parsed[3])) if int(parsed[2]) > 1 else None
+
+
+def count() -> int:
+    """How many processes this run has."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def index() -> int:
+    """Which of them this is."""
+    return jax.process_index() if jax.distributed.is_initialized() else 0
+
+
+def primary() -> bool:
+    """Whether this is the first process, which writes and speaks for all."""
+    return index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON value of every process, in their order; all must call it."""
+    if count() == 1:
+        return [value]
+    return [json.loads(one) for one in gather_bytes(json.dumps(value).encode())]
+
+
+def gather_bytes(own: bytes) -> list[bytes]:
+    """The bytes of every process, in their order; all must call it."""
+    array = np.frombuffer(own, np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([len(array)], np.int32))[:, 0]
+    room = 1 << int(sizes.max()).bit_length()  # a power of 2, so that few sizes are compiled
+    found = multihost_utils.process_allgather(np.pad(array, (0, room - len(array))))
+    return [row[:size].tobytes() for row, size in zip(found, sizes, strict=True)]
+
+
+def agreed(make: Callable[[], T]) -> T:
+    """What the first process makes, a JSON value, on all of them, and its `UserError` too; all must call it."""
+    if count() == 1:
+        return make()
+    told: dict[str, Any] = {}
+    if primary():
+        try:
+            told["value"] = make()
+        except UserError as error:
+            told["error"] = str(error)
+    told = gather(told)[0]
+    if "error" in told:
+        raise UserError(told["error"])
+    return told["value"]
+
+
+def same(**values: Any) -> None:
+    """Raises `UserError` unless all processes have the same JSON values, naming those that differ; all must call it."""
+    found = gather(values)
+    differing = [name for name in values if any(one[name] != found[0][name] for one in found)]
+    if differing:
+        told = "; ".join(f"{name}: {', '.join(str(one[name]) for one in found)}" for name in differing)
+        raise UserError(f"the {len(found)} hosts differ in {told}; expected the same files and workdir on all of them")
+
+
+def largest(number: int) -> Any:
+    """The largest of all processes' numbers, perhaps still on its way; all must call it."""
+    if count() == 1:
+        return number
+    devices = Mesh(np.asarray(jax.devices()), ("all",))
+    own = np.full(jax.local_device_count(), number, np.int32)
+    return maximum(jax.make_array_from_process_local_data(NamedSharding(devices, PartitionSpec("all")), own))
+
+
+@jax.jit
+def maximum(numbers: jax.Array) -> jax.Array:
+    """The largest of numbers that lie on several devices."""
+    return numbers.max()
+
+
+def shared_out(batches: Iterable[T], check: Callable[[], None]) -> Iterator[tuple[int, T]]:
+    """(number, batch) of this process's share: every so manieth; `check` runs on all before each round of batches."""
+    own, all_of_them = index(), count()
+    for number, batch in enumerate(batches):
+        if number % all_of_them == 0:
+            check()
+        if number % all_of_them == own:
+            yield number, batch
+
+
+def collected(found: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """The arrays that each process has found, by their numbers, those of all; all must call it."""
+    if count() == 1:
+        return found
+    file = io.BytesIO()
+    np.savez(file, **{str(number): array for number, array in found.items()})
+    files = [np.load(io.BytesIO(one), allow_pickle=False) for one in gather_bytes(file.getvalue())]
+    return {int(name): one[name] for one in files for name in one.files}
+
+
+def lost(error: BaseException) -> str | None:
+    """What to tell the user of an error that another process's end has caused; None for any other."""
+    if count() == 1:
+        return None
+    for one in (error, error.__cause__):
+        if one is not None and not (isinstance(one, UserError) and one is error) and GONE.search(str(one)):
+            reason = str(one).strip().splitlines()[0][:200]
+            return f"process {index()} of {count()} has lost another one ({reason}); {AGAIN}"
+    return None
+
+
+def leave(code: int, *, gone: bool = False) -> None:
+    """Ends this process's part in the run: when all have come to their ends, or at once if one is `gone`.
+
+    With an exit code other than 0 the others may not know yet; after `LEAVE` seconds this process ends and they will.
+    """
+    if count() == 1:
+        return
+    sys.stdout.flush()
+    if code:
+        say_at_death("")
+        if not gone:
+            meeting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+            meeting.start()
+            meeting.join(LEAVE)
+        os._exit(code)  # not by the interpreter's end, where JAX would wait for a process that does not come
+    jax.distributed.shutdown()
+    say_at_death("")
+
+
+def say_at_death(line: str) -> None:
+    """What a helper prints should this process end without taking it back, by saying "".
+
+    JAX ends a process by SIGABRT from a thread of its own, which Python never learns of.
+    """
+    global last_words
+    if last_words is None:
+        script = 'trap "" INT TERM; while read -r line; do last=$line; done; [ -z "$last" ] || echo "$last" >&2'
+        last_words = subprocess.Popen(
+            ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+    last_words.stdin.write(f"{line}\n".encode())
+    last_words.stdin.flush()
+    if not line:
+        last_words.stdin.close()
+        last_words.wait()
+        last_words = None
