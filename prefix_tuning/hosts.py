@@ -61,6 +61,8 @@ def start(hosts: str | None, environment: Mapping[str, str] = os.environ) -> Non
     except Exception as error:  # the many types of what is wrong with an address, a cluster, a port
         say_at_death("")
         raise UserError(f"--hosts={hosts or 'of the environment'}: {error}") from error
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what Gloo prints about its connections is no result
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX has taken it, and would only note it
     say_at_death(
         f"error: process {jax.process_index()} of {jax.process_count()} was killed, or ended by JAX because another one"

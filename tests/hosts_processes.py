@@ -1,0 +1,71 @@
+"""Starts runs of several processes for tests/test_hosts.py: imports all that is slow once, and forks.
+
+    python tests/hosts_processes.py '[{"name": "a", "count": 2, "devices": 4, "arguments": ["train", ...], "lose": 1}]'
+
+Each job in turn: `count` processes with `devices` CPU devices each run the command line with these arguments, the one
+numbered `lose` dies by SIGKILL in its sixth step.  What they print goes to NAME.INDEX.out and .err in this folder; the
+exit codes and seconds of all jobs go to standard output as JSON.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import run
+from prefix_tuning import api, population, train  # noqa: F401 (imported before forking)
+
+
+def dies(number):
+    """Lets this process die when it is to take the step of this number, the third being saved."""
+    advance, taken = population.Single.advance, []
+
+    def counted(self, batch):
+        taken.append(1)
+        while len(taken) == number:
+            if pathlib.Path(os.environ["WAIT_FOR"]).exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.02)
+        return advance(self, batch)
+
+    population.Single.advance = counted
+
+
+def one(job, index, port):
+    """A process of a job; never returns."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{job['name']}.{index}.{name}", os.O_WRONLY | os.O_CREAT), number)
+    os.environ["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={job['devices']}"
+    if job.get("lose") == index:
+        dies(6)
+    code = run.main([*job["arguments"], f"--hosts=localhost:{port},{job['count']},{index}"])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def finish(job):
+    """Runs a job to its end: (exit codes, seconds from the loss of a process, or the start, to the end of the last)."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for index in range(job["count"]):
+        pids.append(os.fork())
+        if not pids[-1]:
+            one(job, index, port)
+    codes, began = {}, time.monotonic()
+    while len(codes) < len(pids):
+        pid, status = os.wait()
+        index = pids.index(pid)
+        codes[index] = os.waitstatus_to_exitcode(status)
+        if job.get("lose") == index:
+            began = time.monotonic()
+    return [codes[index] for index in range(job["count"])], time.monotonic() - began
+
+
+print(json.dumps({job["name"]: finish(job) for job in json.loads(sys.argv[1])}))

@@ -1,0 +1,251 @@
+"""Several processes on this machine: they train, one is killed, others go on, and all is as in one process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from test_run import folder, settings, untimed  # noqa: F401 (a fixture among them)
+
+import run
+from prefix_tuning import hosts, parallel
+from prefix_tuning import train as loop
+from prefix_tuning.data import pipeline
+from prefix_tuning.errors import UserError
+from prefix_tuning.files import read_lines
+
+ROOT = Path(run.__file__).parent
+TIMEOUT = 900  # seconds, for a machine with much else to do; they take 20 on an idle one
+SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+NAMED = {"JAX_COORDINATOR_ADDRESS": "here:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
+MEETING = """
+import json, os, signal, sys
+
+import numpy as np
+
+from prefix_tuning import hosts, progress
+from prefix_tuning.errors import UserError
+
+hosts.start(sys.argv[1])
+own = hosts.index()
+
+
+def refused(function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except UserError as error:
+        return str(error)
+
+
+def wrong():
+    raise UserError("it is wrong")
+
+
+rounds = []
+found = {
+    "gathered": hosts.gather({"own": own, "long": "x" * own * 1000}),
+    "agreed": hosts.agreed(lambda: {"own": own}),
+    "refused": refused(hosts.agreed, wrong),
+    "same": refused(hosts.same, one=1, other=own),
+    "collected": {n: x.tolist() for n, x in sorted(hosts.collected({own: np.full(own, -np.inf)}).items())},
+    "shared": list(hosts.shared_out("abcdefghij", lambda: rounds.append(1))),
+    "rounds": len(rounds),
+}
+with progress.Stop() as stop:
+    for number in range(20):
+        if number == 7 and own == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            stop.check()
+        except progress.Interrupted as error:
+            found["stopped"] = [number, error.args[0]]
+            break
+print(json.dumps(found), flush=True)
+hosts.gather(None)  # all have printed it
+if own == 0:
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    while True:
+        hosts.gather(None)
+except Exception as error:
+    lost = hosts.lost(error)
+    print("error:", lost, file=sys.stderr)
+    hosts.leave(1, gone=bool(lost))
+"""
+
+
+@pytest.fixture
+def environment():
+    """Of processes that are started here: their number of devices is their own."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    return os.environ | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "found"),
+    [
+        (None, {}, None),
+        (None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),  # a shell that salloc has opened
+        (None, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # a run of a sweep
+        (None, SLURM, (None, 0, 0)),
+        (None, NAMED, ("here:1", 3, 2)),
+        ("auto", {}, (None, 0, 0)),
+        ("auto", NAMED, (None, 0, 0)),
+        ("10.0.0.1:1234,4,3", SLURM, ("10.0.0.1:1234", 4, 3)),
+        ("10.0.0.1:1234,1,0", {}, None),
+    ],
+)
+def test_who_the_others_are(given, environment, found):
+    assert hosts.asked(given, environment) == found
+
+
+@pytest.mark.parametrize("given", ["", "yes", "here", "here:1", "here:1,2", "here:1,2,2", "here,2,0", "here:1,0,0"])
+def test_other_words_are_refused(given):
+    with pytest.raises(UserError, match=r"expected auto, or ADDRESS:PORT,COUNT,INDEX"):
+        hosts.start(given, {})
+
+
+def test_half_an_environment_is_refused():
+    with pytest.raises(UserError, match=r"JAX_COORDINATOR_ADDRESS and not JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
+        hosts.start(None, {"JAX_COORDINATOR_ADDRESS": "here:1"})
+
+
+def test_a_single_process_starts_nothing(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", None)
+    hosts.start(None, {})
+    hosts.start("here:1,1,0", {})
+    assert (hosts.count(), hosts.index(), hosts.primary(), hosts.last_words) == (1, 0, True, None)
+    assert hosts.gather("x") == ["x"]
+    hosts.leave(1)
+
+
+def test_rows_that_do_not_split_name_the_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(jax, "device_count", lambda: 24)
+    with pytest.raises(UserError, match=r"3 processes that have not been joined; start all with --hosts=auto"):
+        parallel.check_rows(24)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with pytest.raises(UserError, match=r"16 rows .* 24 devices \(3 processes of 8\); expected a multiple of 24"):
+        parallel.check_rows(16)
+    parallel.check_rows(16, own=True)
+    parallel.check_rows(48, 2)
+
+
+@pytest.mark.parametrize("kind", ["source", "types"])
+def test_the_parts_of_a_batch_are_its_rows_in_order(kind):
+    # One example in four rows: parts of filler alone have every field, too.
+    example = pipeline.Example([5, 6], [1], [7], **{kind: [1, 2]})
+    whole = pipeline.collate([[example], [], [], []], 3, 2)
+    parts = [pipeline.collate([[example], [], [], []], 3, 2, pipeline.Part(i, 4)) for i in range(4)]
+    assert {name: np.concatenate([part[name] for part in parts]).tolist() for name in whole} == {
+        name: value.tolist() for name, value in whole.items()
+    }
+
+
+def test_processes_meet_and_end_together(tmp_path, environment):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEETING, f"{address},4,{i}"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(4)
+    ]
+    try:
+        ends = [process.communicate(timeout=TIMEOUT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    found = [json.loads(out) for out, _ in ends]  # Gloo's own words are not among the results
+    for index, one in enumerate(found):
+        assert one["gathered"] == [{"own": i, "long": "x" * i * 1000} for i in range(4)]
+        assert one["agreed"] == {"own": 0}
+        assert one["refused"] == "it is wrong"
+        assert one["same"].startswith("the 4 hosts differ in other: 0, 1, 2, 3; expected")
+        assert one["collected"] == {str(i): [-np.inf] * i for i in range(4)}
+        assert one["shared"] == [[n, "abcdefghij"[n]] for n in range(index, 10, 4)]
+        assert one["rounds"] == 3
+        assert one["stopped"] == [8, 128 + signal.SIGTERM]
+    assert processes[0].returncode == -signal.SIGKILL
+    for process, (_, err) in list(zip(processes, ends, strict=True))[1:]:
+        assert process.returncode not in (0, None)
+        assert err.splitlines()[-1].startswith("error: process ")
+        assert err.splitlines()[-1].endswith(f"; {hosts.AGAIN}")
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):  # noqa: F811
+    """A folder in which two processes have trained until one was killed, and four have gone on; beside it one's run."""
+    root = tmp_path_factory.mktemp("hosts")
+    alone = loop.train(settings(folder), root / "alone")
+    arguments = [f"--config={folder}/config.py", f"--workdir={root}/w"]
+    jobs = [
+        {"name": "two", "count": 2, "devices": 4, "arguments": ["train", *arguments], "lose": 1},
+        {"name": "four", "count": 4, "devices": 2, "arguments": ["train", *arguments]},
+    ]
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "hosts_processes.py"), json.dumps(jobs)],
+        cwd=root,
+        env=os.environ | {"XLA_FLAGS": " ".join(flags), "WAIT_FOR": f"{root}/w/checkpoints/3"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, _ = process.communicate(timeout=TIMEOUT)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return root, alone, json.loads(out)
+
+
+def test_one_lost_ends_the_others_with_a_word(runs):
+    root, _, ends = runs
+    codes, seconds = ends["two"]
+    assert codes == [1, -signal.SIGKILL]
+    assert seconds < 2 * hosts.HEARTBEAT
+    last = (root / "two.0.err").read_text().splitlines()[-1]
+    assert last.startswith("error: process 0 of 2 has lost another one (")
+    assert last.endswith("the same command on all hosts goes on from the last checkpoint")
+
+
+def test_another_number_of_processes_goes_on_as_one_process_would(runs):
+    root, alone, ends = runs
+    assert ends["four"][0] == [0] * 4, (root / "four.0.err").read_text()
+    first = (root / "four.0.err").read_text()
+    assert "going on after step 3" in first
+    lines, wanted = untimed(root / "w"), untimed(root / "alone")
+    assert [line.keys() for line in lines] == [line.keys() for line in wanted]
+    for line, one in zip(lines, wanted, strict=True):
+        assert line == pytest.approx(one, rel=1e-5, abs=1e-6)
+    for name in sorted(path.name for path in (root / "alone" / "predictions").iterdir()):
+        assert read_lines(root / "w" / "predictions" / name) == read_lines(root / "alone" / "predictions" / name)
+    ours, theirs = (
+        safetensors.numpy.load_file(root / name / "adapter" / "adapter_model.safetensors") for name in ("w", "alone")
+    )
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-5)
+    summary = json.loads((root / "w" / "summary.json").read_text())
+    assert summary["tuned"] == pytest.approx(alone["tuned"], rel=1e-5)
+
+
+def test_the_first_process_speaks_for_all(runs):
+    root, _, _ = runs
+    assert "tuned" in (root / "four.0.out").read_text()
+    for index in (1, 2, 3):
+        assert (root / f"four.{index}.out").read_text() == ""
+        assert "step" not in (root / f"four.{index}.err").read_text()
+    assert json.loads((root / "w" / "environment.json").read_text())["hosts"] == 4
