@@ -1,12 +1,44 @@
 """Several processes of one run: how they find each other, what they tell each other, and how they end together.
 
-    python run.py train ... --hosts=auto                  # Slurm, TPU pods, GKE, Open MPI: JAX finds the others
+    python run.py train ... --hosts=auto                  # TPU pods, GKE, Slurm, Open MPI: JAX finds the others
     python run.py train ... --hosts=10.0.0.1:1234,4,0     # process 0 of 4; it listens at that address
 
 Every process runs the same command and takes the same steps in the same order; each function below that says "all
-must call it" is a meeting of all of them.  What is written, the first process writes, so that `--workdir` must be a
-folder that all of them see.  A process that goes without a word is noticed by the others: by JAX's collectives at once
-where its connections break, else by the heartbeats of JAX's coordination service.
+must call it" is a meeting of all of them.  A batch is the same whatever the number of processes: each makes its rows
+of it.  Evaluation shares out batches, and every process gets all answers.  What is written, the first process writes;
+all read it, so that `--workdir` must be a folder that all of them see.
+
+A process that goes without a word is noticed by the others: at once where a connection breaks, else after `HEARTBEAT`
+seconds by JAX's coordination service.  All then end with one line and an exit code other than 0, and whatever starts
+them again (Slurm's --requeue, a Job's restarts, a person) goes on from the last checkpoint, with any number of them.
+
+On Kubernetes JAX asks the cluster's API (`pip install "jax[k8s]"`, a service account that may read pods, services and
+jobs), and finds process 0 by the name that a headless service gives it; TPU slices on GKE need neither:
+
+    apiVersion: v1
+    kind: Service
+    metadata: {name: tuning}
+    spec: {clusterIP: None, publishNotReadyAddresses: true, selector: {job-name: tuning}}
+    ---
+    apiVersion: batch/v1
+    kind: Job
+    metadata: {name: tuning}
+    spec:
+      completionMode: Indexed
+      completions: 2
+      parallelism: 2
+      template:
+        spec:
+          subdomain: tuning
+          serviceAccountName: reads-pods
+          restartPolicy: OnFailure
+          containers:
+          - name: tuning
+            image: IMAGE
+            command: [python, run.py, train, --config=FILE, --workdir=/shared/run, --hosts=auto]
+            resources: {limits: {nvidia.com/gpu: 8}}
+            volumeMounts: [{name: shared, mountPath: /shared}]
+          volumes: [{name: shared, persistentVolumeClaim: {claimName: shared}}]
 """
 
 import io
@@ -35,7 +67,7 @@ AUTO = "auto"
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 AGAIN = "the same command on all hosts goes on from the last checkpoint"
 # What Gloo, NCCL and JAX's coordination service say about a process that is gone.
-GONE = re.compile(r"gloo|nccl|coordination|heartbeat|barrier|connection (closed|reset|refused)|socket closed", re.I)
+GONE = re.compile(r"gloo|nccl|coordination.?service|heartbeat|barrier", re.IGNORECASE)
 
 last_words: subprocess.Popen | None = None
 
@@ -54,13 +86,17 @@ def start(hosts: str | None, environment: Mapping[str, str] = os.environ) -> Non
     if address is not None:
         options |= {"coordinator_address": address, "num_processes": count, "process_id": index}
         options |= {"cluster_detection_method": "deactivate"}
-    where = f"{address}, {count} of them" if address else "the address that JAX has found"
-    say_at_death(f"error: the processes did not all come together at {where}, within {ARRIVE} s; {AGAIN}")
+    where = f"{address}, {count} of them" if address else "an address that it finds by itself"
+    say_at_death(f"error: JAX has not seen all processes at {where}, within {ARRIVE} s; {AGAIN}")
     try:
         jax.distributed.initialize(**options)
     except Exception as error:  # the many types of what is wrong with an address, a cluster, a port
         say_at_death("")
-        raise UserError(f"--hosts={hosts or 'of the environment'}: {error}") from error
+        told = f"JAX cannot join the processes at {where}: {' '.join(str(error).split())[:300]}"
+        raise UserError(
+            f"{told}; expected Slurm, a TPU pod, GKE, Open MPI, or --hosts=ADDRESS:PORT,COUNT,INDEX"
+        ) from error
+    sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what Gloo prints about its connections is no result
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX has taken it, and would only note it
@@ -149,7 +185,7 @@ def same(**values: Any) -> None:
         raise UserError(f"the {len(found)} hosts differ in {told}; expected the same files and workdir on all of them")
 
 
-def largest(number: int) -> Any:
+def largest(number: int) -> int | jax.Array:
     """The largest of all processes' numbers, perhaps still on its way; all must call it."""
     if count() == 1:
         return number
@@ -188,8 +224,8 @@ def lost(error: BaseException) -> str | None:
     """What to tell the user of an error that another process's end has caused; None for any other."""
     if count() == 1:
         return None
-    for one in (error, error.__cause__):
-        if one is not None and not (isinstance(one, UserError) and one is error) and GONE.search(str(one)):
+    for one in (error, error.__cause__):  # what could not be saved is a `UserError` because of it
+        if isinstance(one, (RuntimeError, ValueError)) and not isinstance(one, UserError) and GONE.search(str(one)):
             reason = str(one).strip().splitlines()[0][:200]
             return f"process {index()} of {count()} has lost another one ({reason}); {AGAIN}"
     return None
@@ -220,8 +256,10 @@ def say_at_death(line: str) -> None:
     JAX ends a process by SIGABRT from a thread of its own, which Python never learns of.
     """
     global last_words
+    if last_words is None and not line:
+        return
     if last_words is None:
-        script = 'trap "" INT TERM; while read -r line; do last=$line; done; [ -z "$last" ] || echo "$last" >&2'
+        script = 'trap "" INT TERM; while read -r line; do [ "$line" ] || exit; last=$line; done; echo "$last" >&2'
         last_words = subprocess.Popen(
             ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
         )

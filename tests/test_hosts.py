@@ -15,7 +15,7 @@ import safetensors.numpy
 from test_run import folder, settings, untimed  # noqa: F401 (a fixture among them)
 
 import run
-from prefix_tuning import hosts, parallel
+from prefix_tuning import api, hosts, parallel
 from prefix_tuning import train as loop
 from prefix_tuning.data import pipeline
 from prefix_tuning.errors import UserError
@@ -117,6 +117,16 @@ def test_half_an_environment_is_refused():
         hosts.start(None, {"JAX_COORDINATOR_ADDRESS": "here:1"})
 
 
+def test_where_jax_finds_nobody_it_is_one_line(monkeypatch, capfd):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: 1 / 0)
+    with pytest.raises(
+        UserError, match=r"cannot join the processes at an address .*: division by zero; expected Slurm"
+    ):
+        hosts.start("auto", {})
+    assert hosts.last_words is None
+    assert capfd.readouterr().err == ""
+
+
 def test_a_single_process_starts_nothing(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", None)
     hosts.start(None, {})
@@ -194,6 +204,7 @@ def runs(folder, tmp_path_factory):  # noqa: F811
     jobs = [
         {"name": "two", "count": 2, "devices": 4, "arguments": ["train", *arguments], "lose": 1},
         {"name": "four", "count": 4, "devices": 2, "arguments": ["train", *arguments]},
+        {"name": "eval", "count": 2, "devices": 4, "arguments": ["eval", arguments[1], "--split=validation"]},
     ]
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     process = subprocess.Popen(
@@ -240,6 +251,17 @@ def test_another_number_of_processes_goes_on_as_one_process_would(runs):
         np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-5)
     summary = json.loads((root / "w" / "summary.json").read_text())
     assert summary["tuned"] == pytest.approx(alone["tuned"], rel=1e-5)
+
+
+def test_an_evaluation_is_shared_out(runs):
+    root, _, ends = runs
+    assert ends["eval"][0] == [0, 0], (root / "eval.0.err").read_text()
+    told = json.loads((root / "eval.0.out").read_text())
+    predictions = read_lines(root / "w" / "predictions" / "validation.jsonl")
+    assert told == json.loads((root / "w" / "eval_validation.json").read_text())
+    assert told == api.evaluate_workdir(root / "w", "validation")
+    assert read_lines(root / "w" / "predictions" / "validation.jsonl") == predictions
+    assert (root / "eval.1.out").read_text() == ""
 
 
 def test_the_first_process_speaks_for_all(runs):
