@@ -220,9 +220,9 @@ def collected(found: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
     return {int(name): one[name] for one in files for name in one.files}
 
 
-def lost(error: BaseException) -> str | None:
-    """What to tell the user of an error that another process's end has caused; None for any other."""
-    if count() == 1:
+def lost(error: BaseException | None) -> str | None:
+    """What to tell the user of an error that another process's end has caused; None for any other, and for none."""
+    if count() == 1 or error is None:
         return None
     for one in (error, error.__cause__):  # what could not be saved is a `UserError` because of it
         if isinstance(one, (RuntimeError, ValueError)) and not isinstance(one, UserError) and GONE.search(str(one)):

