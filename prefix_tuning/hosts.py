@@ -201,7 +201,7 @@ def maximum(numbers: jax.Array) -> jax.Array:
 
 
 def shared_out(batches: Iterable[T], check: Callable[[], None]) -> Iterator[tuple[int, T]]:
-    """(number, batch) of this process's share: every so manieth; `check` runs on all before each round of batches."""
+    """(number, batch) of this process, which takes its turn; `check` runs on all before each round."""
     own, all_of_them = index(), count()
     for number, batch in enumerate(batches):
         if number % all_of_them == 0:
