@@ -108,14 +108,14 @@ def slots(base: setup.Base) -> int:
 
 
 class Single:
-    """One run, its batches spread over the local devices."""
+    """One run, its batches spread over the devices."""
 
     def __init__(self, config: dict[str, Any], base: setup.Base, run: setup.Run, weights: Params):
         """Places the frozen weights."""
         self.config, self.base, self.run, self.method = config, base, run, base.method
-        self.frozen = parallel.place(setup.prepare(base, config, weights))
-        body = make_train_step(base.model, base.method, base.objective, run.tx, axis=parallel.AXIS)
-        self.step = parallel.train_step(body)
+        self.layout = base.layout
+        self.frozen = self.layout.place(setup.prepare(base, config, weights))
+        self.body = make_train_step(base.model, base.method, base.objective, run.tx, axis=self.layout.axis)
         self.state: TrainState | None = None
 
     def fresh(self) -> list[TrainState]:
@@ -124,12 +124,13 @@ class Single:
 
     def start(self, states: Sequence[TrainState]) -> None:
         """Goes on from these."""
-        self.state = parallel.place(states[0])
+        self.state = self.layout.place(states[0])
+        self.step = self.layout.train_step(self.body, self.state)
 
     def batches(self, first: int) -> Iterator[Any]:
         """What `advance` takes, from the step after `first`."""
         for batch in self.run.data.batches(first):
-            yield parallel.split_batch(batch, self.run.train.accumulate)
+            yield self.layout.split_batch(batch, self.run.train.accumulate)
 
     def advance(self, batch: Any) -> Sums:
         """Takes a step; returns its sums, which may still be computed."""
@@ -150,12 +151,12 @@ class Single:
 
     def bound(self, number: int, trainable: Params) -> tuple[Params, Params]:
         """(frozen, trainable) as `self.method` binds them, for a run's trainable parameters."""
-        return self.frozen, trainable
+        return self.frozen, self.layout.place(trainable)
 
 
 class Population:
-    """K runs in one step.  Their K parameters are spread over the local devices where K is a multiple of those, and
-    else each batch's rows are."""
+    """K runs in one step.  Their K parameters are spread over the data axis of the devices where K is a multiple of it,
+    and else each batch's rows are."""
 
     def __init__(
         self,
@@ -179,12 +180,13 @@ class Population:
                 own = {"mask": jnp.arange(max(lengths)) < length}
                 adaptation = bases[number].method.bind(self.prepared[number], self.like[number].trainable)[1]
                 extra[OWN] = own if adaptation.shift is None else own | {"shift": adaptation.shift}
-        self.devices = jax.local_device_count()
+        self.layout = bases[0].layout
+        self.devices = self.layout.mesh.shape[parallel.AXIS]
         self.by_member = len(configs) % self.devices == 0
         self.rows = 1 if self.by_member else self.devices  # parts of a batch
-        over = NamedSharding(parallel.mesh(), PartitionSpec(parallel.AXIS if self.by_member else None))
+        over = NamedSharding(self.layout.mesh, PartitionSpec(parallel.AXIS if self.by_member else None))
         self.sharding = over
-        self.weights = parallel.place(weights)
+        self.weights = self.layout.place(weights)
         self.extras = [jax.tree.map(padded, extra, extras[widest]) for extra in extras]
         stacked = jax.device_put(jax.tree.map(lambda *xs: jnp.stack(xs), *self.extras), over)
         self.frozen = self.weights | stacked
@@ -217,12 +219,12 @@ class Population:
         accumulate = self.runs[0].train.accumulate
         axis = parallel.AXIS if not self.by_member else None
         if self.alike:
-            where = NamedSharding(parallel.mesh(), PartitionSpec(axis))
+            where = NamedSharding(self.layout.mesh, PartitionSpec(axis))
             for batch in self.runs[0].data.batches(first):
                 yield jax.device_put(parallel.split_batch(batch, accumulate, self.rows), where)
             return
         member = parallel.AXIS if self.by_member else None
-        where = NamedSharding(parallel.mesh(), PartitionSpec(member, axis))
+        where = NamedSharding(self.layout.mesh, PartitionSpec(member, axis))
         seeds = [config["seed"] for config in self.configs]
         streams = {seed: run.data for seed, run in zip(seeds, self.runs, strict=True)}
         for found in zip(*(data.batches(first) for data in streams.values()), strict=True):
@@ -266,7 +268,7 @@ class Population:
     def bound(self, number: int, trainable: Params) -> tuple[Params, Params]:
         """As in `Single`; padded, so that all runs are evaluated by what is compiled once."""
         whole = jax.tree.map(padded, trainable, self.shapes.trainable)
-        extra, whole = parallel.place((self.extras[number], whole))
+        extra, whole = self.layout.place((self.extras[number], whole))
         return self.weights | extra, whole
 
 
