@@ -137,7 +137,7 @@ class Sharded:
         check_rows(rows, accumulate, self.mesh.shape[AXIS])
 
     def split_rows(self, array: np.ndarray, axis: int = 0) -> Any:
-        """An array, of which a process gives its part, with its rows, on this axis, spread over the mesh's data axis."""
+        """An array, of which a process gives its rows, with those, on this axis, spread over the mesh's data axis."""
         return jax.make_array_from_process_local_data(self.on(PartitionSpec(*[None] * axis, AXIS)), array)
 
     def split_batch(self, batch: dict[str, np.ndarray], accumulate: int = 1) -> Batch:
