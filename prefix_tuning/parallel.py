@@ -68,7 +68,6 @@ class Replicated:
     """The layout in which everything is on every local device, and the step itself sums over them, under pmap."""
 
     axis = AXIS
-    mesh = property(lambda self: mesh())
     where = None  # weights are read on the host, and placed from there
     place = staticmethod(place)
     check_rows = staticmethod(check_rows)

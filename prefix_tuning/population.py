@@ -63,18 +63,25 @@ def shared(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def groups(configs: Sequence[dict[str, Any]], size: int) -> list[list[int]]:
-    """The numbers of the configs that can train together, at most `size` of them, in the order of their first ones."""
-    found: dict[str, list[list[int]]] = {}
+    """The numbers of the configs that can train together, at most `size` of them, in the order of their first ones.
+
+    Those with one seed, which read the same batches, come together first.
+    """
+    found: dict[str, list[int]] = {}
     for number, config in enumerate(configs):
-        alike = found.setdefault(json.dumps(shared(config), sort_keys=True), [[]])
-        if len(alike[-1]) == size:
-            alike.append([])
-        alike[-1].append(number)
-    return sorted((group for alike in found.values() for group in alike), key=lambda group: group[0])
+        found.setdefault(json.dumps(shared(config), sort_keys=True), []).append(number)
+    parts = []
+    for alike in found.values():
+        seeds = list(dict.fromkeys(configs[number]["seed"] for number in alike))
+        ordered = sorted(alike, key=lambda number: seeds.index(configs[number]["seed"]))
+        parts += [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return sorted(parts, key=lambda group: group[0])
 
 
 def check(configs: Sequence[dict[str, Any]], bases: Sequence[setup.Base], runs: Sequence[setup.Run]) -> None:
     """Raises `UserError` unless the runs differ only in where they start, their lengths, rates and seeds."""
+    if not isinstance(bases[0].layout, parallel.Replicated):
+        raise UserError("runs that train together share weights that are whole; expected parallel=replicated for them")
     first = flat(configs[0])
     for config in configs[1:]:
         own, free = flat(config), varying(configs[0]) & varying(config)
@@ -155,8 +162,8 @@ class Single:
 
 
 class Population:
-    """K runs in one step.  Their K parameters are spread over the data axis of the devices where K is a multiple of it,
-    and else each batch's rows are."""
+    """K runs in one step.  Their K parameters are spread over the local devices where K is a multiple of those, and
+    else each batch's rows are."""
 
     def __init__(
         self,
@@ -180,13 +187,12 @@ class Population:
                 own = {"mask": jnp.arange(max(lengths)) < length}
                 adaptation = bases[number].method.bind(self.prepared[number], self.like[number].trainable)[1]
                 extra[OWN] = own if adaptation.shift is None else own | {"shift": adaptation.shift}
-        self.layout = bases[0].layout
-        self.devices = self.layout.mesh.shape[parallel.AXIS]
+        self.devices = jax.local_device_count()
         self.by_member = len(configs) % self.devices == 0
         self.rows = 1 if self.by_member else self.devices  # parts of a batch
-        over = NamedSharding(self.layout.mesh, PartitionSpec(parallel.AXIS if self.by_member else None))
+        over = NamedSharding(parallel.mesh(), PartitionSpec(parallel.AXIS if self.by_member else None))
         self.sharding = over
-        self.weights = self.layout.place(weights)
+        self.weights = parallel.place(weights)
         self.extras = [jax.tree.map(padded, extra, extras[widest]) for extra in extras]
         stacked = jax.device_put(jax.tree.map(lambda *xs: jnp.stack(xs), *self.extras), over)
         self.frozen = self.weights | stacked
@@ -219,12 +225,12 @@ class Population:
         accumulate = self.runs[0].train.accumulate
         axis = parallel.AXIS if not self.by_member else None
         if self.alike:
-            where = NamedSharding(self.layout.mesh, PartitionSpec(axis))
+            where = NamedSharding(parallel.mesh(), PartitionSpec(axis))
             for batch in self.runs[0].data.batches(first):
                 yield jax.device_put(parallel.split_batch(batch, accumulate, self.rows), where)
             return
         member = parallel.AXIS if self.by_member else None
-        where = NamedSharding(self.layout.mesh, PartitionSpec(member, axis))
+        where = NamedSharding(parallel.mesh(), PartitionSpec(member, axis))
         seeds = [config["seed"] for config in self.configs]
         streams = {seed: run.data for seed, run in zip(seeds, self.runs, strict=True)}
         for found in zip(*(data.batches(first) for data in streams.values()), strict=True):
@@ -268,7 +274,7 @@ class Population:
     def bound(self, number: int, trainable: Params) -> tuple[Params, Params]:
         """As in `Single`; padded, so that all runs are evaluated by what is compiled once."""
         whole = jax.tree.map(padded, trainable, self.shapes.trainable)
-        extra, whole = self.layout.place((self.extras[number], whole))
+        extra, whole = parallel.place((self.extras[number], whole))
         return self.weights | extra, whole
 
 
