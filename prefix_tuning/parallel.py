@@ -205,6 +205,8 @@ def make(specs: Params, kind: str = "replicated", sizes: dict[str, int | None] |
     """The layout that a config's `parallel` and section `mesh` ask for, for a model's weights; raises `UserError`."""
     valid("parallel", kind, ("replicated", "sharded"))
     if kind == "sharded":
+        if jax.process_count() > 1:  # they decode batches of their own, each at its own pace
+            raise UserError("parallel=sharded is for the devices of one process; with several expected replicated")
         return Sharded(specs, *call("mesh", mesh_sizes, sizes or {}, jax.device_count()))
     if any(size is not None for size in (sizes or {}).values()):
         raise UserError(f"mesh={sizes} goes with parallel=sharded; with parallel={kind} it would do nothing")

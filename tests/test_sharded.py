@@ -24,8 +24,7 @@ from prefix_tuning.methods import METHODS
 from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.progress import Interrupted
-from prefix_tuning.registry import named
-from prefix_tuning.train_step import make_train_step
+from prefix_tuning.train_step import make_eval_step, make_train_step
 from prefix_tuning.types import Batch, Spec, TrainState
 
 DATA, MODEL, V = 2, 4, 20
@@ -52,20 +51,29 @@ SIZES = {
     },
 }
 # What is trained of a prefix lies whole on every device, what is trained of the weights as they do.
-BOTH = {"parts": {"finetune": {}, "prefix": {"length": P}}}
-OPTIONS = {
-    "prefix": {"length": P, "reparametrisation": 9, "dropout": 0.4},
-    "infix": {"length": P},
-    "prompt": {"length": P, "population": 6},
-    "ptuning": {"length": P, "template": "{rows:2}{prompt}{rows:3}"},
-    "memory": {},
-    "propagation": {"length": P},
-    "lora": {"rank": 2, "target_modules": ("all-linear",), "dropout": 0.4},
-    "adapter": {"form": "houlsby", "bottleneck": 9},
-    "finetune": {"top_layers": 2, "embedding": True},
-    "compose": BOTH,
-}
-CASES = [("llama", name) for name in OPTIONS] + [(family, "compose") for family in SIZES if family != "llama"]
+WEIGHTS = {"finetune": {}, "prefix": {"length": P}}
+# Every method, several in a step, since a step takes long to compile.
+STEPS = [
+    (
+        "llama",
+        {
+            "prefix": {"length": P, "reparametrisation": 9, "dropout": 0.4},
+            "lora": {"rank": 2, "target_modules": ("all-linear",), "dropout": 0.4},
+            "adapter": {"form": "houlsby", "bottleneck": 9},
+            "memory": {},
+        },
+    ),
+    (
+        "llama",
+        {
+            "prompt": {"length": 3, "population": 6},
+            "infix": {"length": P},
+            "finetune": {"top_layers": 2, "embedding": True},
+        },
+    ),
+    ("llama", {"ptuning": {"length": P, "template": "{prompt}{rows:5}"}, "propagation": {"length": 3}}),
+    *((family, WEIGHTS) for family in ("gpt2", "t5", "bert")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +111,7 @@ def batch_for(model, virtual=()):
 
 def test_no_family_or_method_is_left_out():
     assert set(SIZES) == set(models.MODELS)
-    assert set(OPTIONS) == set(METHODS)
+    assert {"compose"} | {name for _, parts in STEPS for name in parts} == set(METHODS)
 
 
 AXES = {"layers", "width", "width_out", "kv_heads", "groups", "head", "mlp", "vocabulary", "positions", None}
@@ -121,39 +129,49 @@ def test_every_axis_has_a_name_that_is_known(made, family):
 # --- The same result
 
 
-@pytest.mark.parametrize(("family", "name"), CASES)
-def test_a_step_is_that_of_one_device(made, family, name):
+@pytest.mark.parametrize(("family", "parts"), STEPS)
+def test_a_step_is_that_of_one_device(made, family, parts):
     model, host = made(family)
-    method = named("method", METHODS, {"name": name} | OPTIONS[name], letters)
-    objective = OBJECTIVES["lm"](None)
+    method, objective = METHODS["compose"](letters, parts=parts), OBJECTIVES["lm"](None)
     if not model.writes:
         objective = OBJECTIVES["classify"](None, labels=("yes", "no", "maybe"))
         method = heads.with_head(method, objective.head)
-    virtual = {"infix": range(V, V + P), "ptuning": range(V, V + 3)}.get(name, ())
     tx = optax.sgd(1.0)  # its update is the gradient
     body = make_train_step(model, method, objective, tx)
-    batch = batch_for(model, virtual)
+    batch = batch_for(model, range(V, V + P) if "rows" in method.template else ())
+    frozen = method.prepare(jax.random.key(0), model, host)
+    trainable = jax.jit(lambda key: method.init(key, model, frozen))(jax.random.key(1))
+    state = TrainState(jnp.int32(0), trainable, tx.init(trainable), jax.random.key(2))
+    one, sums = jax.jit(body)(frozen, state, Batch(**{n: x.reshape(2, 4, *x.shape[1:]) for n, x in batch.items()}))
     layout = parallel.Sharded(model.specs, DATA, MODEL)
-
-    def start(weights):
-        frozen = method.prepare(jax.random.key(0), model, weights)
-        trainable = method.init(jax.random.key(1), model, frozen)
-        return frozen, TrainState(jnp.int32(0), trainable, tx.init(trainable), jax.random.key(2))
-
-    frozen, state = start(host)
-    before = jax.device_get(state.trainable)
-    whole = Batch(**{field: x.reshape(2, 4, *x.shape[1:]) for field, x in batch.items()})
-    one, sums = jax.jit(body)(frozen, state, whole)
-    frozen, state = layout.place(start(layout.place(host)))
-    where = jax.tree.map(lambda x: x.sharding, state)
-    eight, own = layout.train_step(body, state)(frozen, state, layout.split_batch(batch, accumulate=2))
+    placed = layout.place(state)
+    where = jax.tree.map(lambda x: x.sharding, placed)
+    step = layout.train_step(body, placed)
+    eight, own = step(layout.place(frozen), placed, layout.split_batch(batch, accumulate=2))
     assert jax.tree.map(lambda x: x.sharding, eight) == where
     for key, value in sums.items():
         np.testing.assert_allclose(own[key], value, rtol=2e-5, err_msg=key)
-    trees = before, *jax.device_get((one.trainable, eight.trainable))
+    trees = jax.device_get((trainable, one.trainable, eight.trainable))
     for old, new, ours in zip(*map(jax.tree.leaves, trees), strict=True):
         np.testing.assert_allclose(ours, new, rtol=0, atol=1e-5 * max(1.0, np.abs(new - old).max()))
     assert own["update_norm"] > 1e-2
+
+
+@pytest.mark.parametrize("family", sorted(set(SIZES) - {family for family, _ in STEPS}))
+def test_an_evaluation_is_that_of_one_device(made, family):
+    model, host = made(family)
+    method, objective = METHODS["prefix"](None, length=P), OBJECTIVES["lm"](None)
+    if not model.writes:
+        objective = OBJECTIVES["classify"](None, labels=("yes", "no", "maybe"))
+        method = heads.with_head(method, objective.head)
+    trainable = jax.jit(lambda key: method.init(key, model, host))(jax.random.key(1))
+    body, batch = make_eval_step(model, method, objective), batch_for(model)
+    sums = jax.jit(body)(host, trainable, Batch(**batch))
+    layout = parallel.Sharded(model.specs, DATA, MODEL)
+    own = layout.eval_step(body)(*layout.place((host, trainable)), layout.split_eval_batch(batch))
+    assert sums["count"] == own["count"] > 7
+    for key, value in sums.items():
+        np.testing.assert_allclose(own[key], value, rtol=2e-5, err_msg=key)
 
 
 @pytest.mark.parametrize(("family", "beams"), [("llama", 1), ("gpt2", 3), ("bart", 2)])
