@@ -141,6 +141,12 @@ def rate(name: str, rates: dict[str, float]) -> float:
     return rates[name] if name in rates else min(rates[part] for part in PRESETS.get(name, (name.split("+"),))[0])
 
 
+def config(**sections: Any) -> config_dict.ConfigDict:
+    """A whole config: the sections that a file writes, and where arrays lie, which a command line may change."""
+    layout = {"parallel": "replicated", "mesh": section(data=None, model=None)}  # "sharded" splits the weights, too
+    return section(**layout | sections)
+
+
 def train(**options: Any) -> config_dict.ConfigDict:
     """The section `train`: what a config says over what is usual."""
     return section(**{"population": 1, "eval_every": None, "eval_epochs": None} | options)

@@ -27,7 +27,7 @@ def get_config(arg=None):
     prefix = {"text": f" {words}" if words else "Describe the restaurant in one sentence.\n"}
     if words == "random":
         prefix = {"init": "random", "text": None}
-    return common.section(
+    return common.config(
         seed=0,
         model=common.section(name="HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32"),
         dataset=common.section(name="e2e", path="tuetschek/e2e_nlg", strip=True),

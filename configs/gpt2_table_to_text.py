@@ -100,7 +100,7 @@ def get_config(arg=None):
         rates = dict.fromkeys(rates, 5e-5)
         words = settings["init"]
         prefix |= {"length": 6} if words == "random" else {"length": None, "init": "text", "text": f" {words}"}
-    return common.section(
+    return common.config(
         seed=101,
         model=common.section(name=f"openai-community/gpt2-{settings['model']}", dtype="float32"),
         dataset=common.section(**dataset),

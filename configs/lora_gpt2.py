@@ -28,7 +28,7 @@ def get_config(arg=None):
     size = common.choose(settings, "model", ("medium", "large"))
     regular = data != "dart"  # DART goes without decay, dropout and label smoothing
     dataset = DATA[data][1] | ({"leading_separator": False} if data == "webnlg" else {})
-    return common.section(
+    return common.config(
         seed=110,
         model=common.section(name=f"openai-community/gpt2-{size}", dtype="float32"),
         dataset=common.section(**dataset | ({"strip": True} if data == "e2e" else {})),

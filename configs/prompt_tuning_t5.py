@@ -35,7 +35,7 @@ def get_config(arg=None):
     task, size = common.choose(settings, "task", TASKS), common.choose(settings, "size", SIZES)
     rows, labels = TASKS[task]
     start = {"init": "labels", "labels": labels} if length >= len(labels) else {"init": "vocabulary"}
-    return common.section(
+    return common.config(
         seed=0,
         model=common.section(name=f"google/t5-{size}-lm-adapt", dtype="float32"),
         dataset=common.section(name="superglue", path="aps/super_glue", task=task, as_text=True),

@@ -136,7 +136,7 @@ def get_config(arg=None):
     prefix |= {"init": "random", "text": None}
     if row.reparametrisation is None:
         prefix["scale"] = 0.02  # with which transformers starts what a file of weights lacks
-    return common.section(
+    return common.config(
         seed=row.seed,
         model=common.section(name=name, dtype="float32"),
         dataset=common.section(**task.dataset),

@@ -58,7 +58,7 @@ def adapted(name):
 
 def shared(quick):
     """All other sections."""
-    return common.section(
+    return common.config(
         seed=0,
         model=common.section(name="configs/quickstart_assets/model", dtype="float32"),
         dataset=common.section(name="text", path="configs/quickstart_assets/task"),

@@ -33,7 +33,7 @@ def get_config(arg=None):
     settings = common.parse(arg, random=False)
     quick = settings["quick"]
     start = {"init": "random", "text": None} if settings["random"] else {"text": TEXT}
-    return common.section(
+    return common.config(
         seed=0,
         model=common.section(name="sentence-transformers/all-MiniLM-L6-v2", dtype="float32", scan=False),
         dataset=common.section(name="glue", path="nyu-mll/glue", task="sst2"),

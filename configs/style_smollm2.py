@@ -14,7 +14,7 @@ def get_config(arg=None):
     """`quick` trains on 32 pairs and answers 8; `method` as in every config."""
     settings = common.parse(arg)
     quick = settings["quick"]
-    return common.section(
+    return common.config(
         seed=0,
         model=common.section(name="HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32"),
         dataset=common.section(name="chat", path="runs/style/data", system=None),

@@ -49,7 +49,7 @@ def get_config(arg=None):
     if low:
         epochs, batch, warmup, rates = LOW_DATA[low][tuned], 6 if tuned else 5, 100, dict.fromkeys(RATES, 5e-5)
         prefix |= {"length": None, "init": "text", "text": " summarize"}
-    return common.section(
+    return common.config(
         seed=101,
         model=common.section(name="facebook/bart-large", dtype="float32"),
         dataset=common.section(name="xsum", path="EdinburghNLP/xsum", part=None if part == "all" else part, urls=None),

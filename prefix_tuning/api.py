@@ -165,7 +165,7 @@ def padded(model: Model, adaptation: Adaptation | None, rows: Sequence[Sequence[
 def open_workdir(workdir: str) -> tuple[dict[str, Any], setup.Base, Params, Params, int]:
     """(config, base, frozen, trainable, step) of a workdir's best or newest checkpoint; raises `UserError` without."""
     config = read_json(Path(workdir) / "config.json", WORKDIR)
-    base = setup.make_base(config)
+    base = setup.make_base(config | parallel.here(config))
     # The best one where one is selected, else the newest
     folder = Path(workdir) / ("best" if config["evaluation"].get("select") else "checkpoints")
     if not folder.is_dir():
@@ -176,7 +176,8 @@ def open_workdir(workdir: str) -> tuple[dict[str, Any], setup.Base, Params, Para
     if found is None:
         raise UserError(f"{folder} holds no checkpoint yet; let 'run.py train' go on until it has saved one")
     trainable, step = found
-    return config, base, parallel.place(setup.load_weights(base, config)), parallel.place(trainable), step
+    setup.check_memory(base, config)
+    return config, base, base.layout.place(setup.load_weights(base, config)), base.layout.place(trainable), step
 
 
 def evaluate_workdir(workdir: str, split: str) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from prefix_tuning import hosts, metrics, parallel
+from prefix_tuning import hosts, metrics
 from prefix_tuning.data import pipeline, tasks
 from prefix_tuning.decode import make_generate
 from prefix_tuning.errors import UserError
+from prefix_tuning.parallel import Layout
 from prefix_tuning.setup import Base, Run, Split, own_part
 from prefix_tuning.types import Adaptation, Batch, Params
 
@@ -26,23 +27,23 @@ def make_writer(base: Base, batch_size: int, *, check: Callable = lambda: None) 
 
     `check` runs between batches and may raise.
 
-    Rows of a batch are spread over the local devices, batches over hosts, each of which gets all answers; `check` must
-    then be a meeting of all.  Raises `UserError` if batch_size does not divide evenly.
+    Rows of a batch are spread over the devices, and where each host has the model, batches over hosts; all get all
+    answers, and `check` must then be a meeting of all.  Raises `UserError` if batch_size does not divide evenly.
     """
-    parallel.check_rows(batch_size, own=True)
+    base.layout.check_rows(batch_size, own=True)
     return make_chooser(base, batch_size, check) if base.task else make_generator(base, batch_size, check)
 
 
 def make_chooser(base: Base, batch_size: int, check: Callable) -> Write:
     """Answers that are read off scores."""
-    predict = jax.jit(functools.partial(base.objective.predict, base.model))
+    predict = base.layout.jit(functools.partial(base.objective.predict, base.model))
 
     def write(params: Params, adaptation: Adaptation, encoded: tasks.Encoded, seed: int) -> list[str]:
         del seed
         scores: dict[int, np.ndarray] = {}
         batches = pipeline.eval_batches(encoded.examples, batch_size=batch_size, shapes=SHAPES)
         for _, (indices, batch) in hosts.shared_out(batches, check):
-            rows = Batch(**jax.tree.map(parallel.split_rows, batch))
+            rows = Batch(**jax.tree.map(base.layout.split_rows, batch))
             found = jax.device_get(predict(params, adaptation, rows))
             for b, i in enumerate(indices):
                 if i >= 0:
@@ -55,7 +56,7 @@ def make_chooser(base: Base, batch_size: int, check: Callable) -> Write:
 
 def make_generator(base: Base, batch_size: int, check: Callable) -> Write:
     """Answers that are written."""
-    generate = make_generate(base.model, base.decode)
+    generate = base.layout.jit(make_generate(base.model, base.decode))
     longest = base.model.max_positions
     if longest is not None:
         written = 0 if base.model.is_encoder_decoder else base.decode.max_new_tokens
@@ -66,7 +67,7 @@ def make_generator(base: Base, batch_size: int, check: Callable) -> Write:
         batches = pipeline.prompt_batches(prompts, batch_size=batch_size, multiple=MULTIPLE, longest=longest)
         for number, (indices, tokens, lengths) in hosts.shared_out(batches, check):
             key = jax.random.fold_in(jax.random.key(seed), number)
-            rows = parallel.split_rows(tokens), parallel.split_rows(lengths)
+            rows = base.layout.split_rows(tokens), base.layout.split_rows(lengths)
             new, new_lengths = jax.device_get(generate(params, adaptation, *rows, key))
             for b, i in enumerate(indices):
                 if i >= 0:
@@ -94,15 +95,14 @@ def rows(predictions: Sequence[str], split: Split) -> list[dict[str, Any]]:
 
 
 def mean_loss(
-    step: Callable, frozen: Params, trainable: Params, split: Split, run: Run, *, check: Callable
+    step: Callable, layout: Layout, frozen: Params, trainable: Params, split: Split, run: Run, *, check: Callable
 ) -> dict[str, float]:
     """Loss as training normalises it and accuracy on a split's pairs, and perplexity per token of what is written."""
     totals: dict[str, np.ndarray] = {}
     options = {"batch_size": run.evaluation.batch_size, "shapes": run.train.shapes, "part": own_part()}
     for _, batch in pipeline.eval_batches(split.pairs, **options):
         check()
-        local = jax.tree.map(lambda x: x[:, 0], parallel.split_batch(batch))
-        sums = jax.device_get(step(frozen, trainable, local))
+        sums = jax.device_get(step(frozen, trainable, layout.split_eval_batch(batch)))
         totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
     perplexity = {"perplexity": float(np.exp(totals["nll"] / totals["targets"]))} if "nll" in totals else {}
     return {

@@ -21,6 +21,7 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
 }
 
+DATA = "data"  # the axis of a mesh that rows are spread over
 FEATURES = {"elu": jax.nn.elu, "gelu": ACTIVATIONS["gelu"]}  # of queries, for `Memory`
 
 
@@ -153,11 +154,22 @@ def embedded(
     Ids from `vocabulary` on are rows of the adaptation.
     """
     if adaptation.rows is None:
-        return embed(params, tokens), None
+        return spread(embed(params, tokens)), None
     index = jnp.maximum(tokens - vocabulary, -1)
-    x = embed(params, jnp.minimum(tokens, vocabulary - 1))
+    x = spread(embed(params, jnp.minimum(tokens, vocabulary - 1)))
     rows = adaptation.rows[jnp.maximum(index, 0)].astype(x.dtype)
     return jnp.where((index >= 0)[..., None], rows, x), index
+
+
+def spread(x: Array) -> Array:
+    """x [B ...] with its rows over the mesh's data axis, where XLA partitions a computation; elsewhere as it is.
+
+    Without a word XLA may split activations as weights are, over their width, and then hold all rows on each device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if DATA not in mesh.auto_axes or len(x) % mesh.shape[DATA]:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(DATA))
 
 
 def prompt_positions(adaptation: Adaptation) -> Array:

@@ -1,5 +1,7 @@
-"""One step body on all devices: weights and state replicated, batches split over their rows, also over processes."""
+"""One step body on many devices, also of several processes: replicated, everything on each and batches split over their
+rows; or sharded, the weights split as well, by rules that are data."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +10,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prefix_tuning import hosts
-from prefix_tuning.errors import UserError
-from prefix_tuning.types import Batch
+from prefix_tuning.errors import UserError, valid
+from prefix_tuning.registry import call
+from prefix_tuning.types import Batch, Params, Spec
 
-AXIS = "data"
+AXIS, MODEL = "data", "model"
+# Mesh axis -> the logical axes of a weight that it may split, the first that it divides.  A weight that has none of
+# them, or none that it divides, is whole on all devices along that mesh axis: 9 heads on 4 devices are no error.
+RULES = {
+    MODEL: ("vocabulary", "kv_heads", "mlp", "groups"),  # tensor parallelism: each device computes its part
+    AXIS: ("width",),  # fully sharded data parallelism: XLA gathers a layer's weights where it needs them
+}
+WHOLE = PartitionSpec()
 
 
 def mesh() -> Mesh:
@@ -29,18 +39,15 @@ def split_rows(array: Any) -> Any:
     return jax.device_put(array, NamedSharding(mesh(), PartitionSpec(AXIS)))
 
 
-def check_rows(rows: int, accumulate: int = 1, *, own: bool = False) -> None:
-    """Raises `UserError` unless `rows` can be split evenly over micro-batches and the devices of all processes.
-
-    Over this process's alone where batches are its `own`.
-    """
-    devices, several = jax.local_device_count() if own else jax.device_count(), jax.process_count()
+def check_rows(rows: int, accumulate: int, devices: int) -> None:
+    """Raises `UserError` unless `rows` can be split evenly over micro-batches and devices."""
+    several, local = jax.process_count(), jax.local_device_count()
     if hosts.count() != several:
         raise UserError(f"JAX runs in {several} processes that have not been joined; start all with --hosts=auto")
     if accumulate < 1 or rows < 1 or rows % (accumulate * devices):
         raise UserError(
             f"a batch of {rows} rows cannot be split over {accumulate} micro-batches and {devices} devices"
-            + (f" ({several} processes of {jax.local_device_count()})" if devices > jax.local_device_count() else "")
+            + (f" ({several} processes of {local})" if devices > local else "")
             + f"; expected a multiple of {max(accumulate, 1) * devices}"
         )
 
@@ -62,3 +69,221 @@ def train_step(step: Callable) -> Callable:
 def eval_step(step: Callable) -> Callable:
     """An evaluation step over `AXIS`, pmapped."""
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None)
+
+
+class Replicated:
+    """The layout in which everything is on every local device, and the step itself sums over them, under pmap."""
+
+    axis = AXIS
+    where = None  # weights are read on the host, and placed from there
+    place = staticmethod(place)
+    split_rows = staticmethod(split_rows)
+    split_batch = staticmethod(split_batch)
+    eval_step = staticmethod(eval_step)
+
+    def check_rows(self, rows: int, accumulate: int = 1, *, own: bool = False) -> None:
+        """Raises `UserError` unless `rows` can be split evenly over micro-batches and the devices of all processes.
+
+        Over this process's alone where batches are its `own`.
+        """
+        check_rows(rows, accumulate, jax.local_device_count() if own else jax.device_count())
+
+    def split_eval_batch(self, batch: dict[str, np.ndarray]) -> Batch:
+        """Leaves [B ...] for `eval_step`."""
+        return jax.tree.map(lambda x: x[:, 0], split_batch(batch))
+
+    def train_step(self, step: Callable, state: Any) -> Callable:
+        """A train step for this layout; what comes out lies where `state` does."""
+        del state
+        return train_step(step)
+
+    def jit(self, function: Callable) -> Callable:
+        """A compiled function (params, adaptation, rows ...) -> what one can read."""
+        return jax.jit(function)
+
+    def held(self, tree: Any) -> int:
+        """The bytes of a tree, of arrays or shapes, on each device."""
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+class Sharded:
+    """The layout in which weights are split over a mesh [data model] by `RULES`, and with them what is trained as their
+    copy; a step is one computation, under jit, whose sums over rows XLA splits."""
+
+    axis = None
+
+    def __init__(self, specs: Params, data: int, model: int):
+        """For the weights that `specs` describe, on data x model devices."""
+        self.mesh = Mesh(np.asarray(jax.devices()).reshape(data, model), (AXIS, MODEL))
+        leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, Spec))
+        self.specs = {names(path): spec for path, spec in leaves}
+
+    def where(self, spec: Spec) -> NamedSharding:
+        """Where a weight lies."""
+        return self.on(partition(spec.axes, spec.shape, self.mesh.shape))
+
+    def on(self, spec: PartitionSpec) -> NamedSharding:
+        """A sharding of this mesh."""
+        return NamedSharding(self.mesh, spec)
+
+    def sharding(self, path: tuple, leaf: Any) -> NamedSharding:
+        """Where an array of some tree lies: as the weight that its path ends in, if it has its shape, L aside; else
+        whole everywhere.  So moments in an optimizer's state lie where their parameters do."""
+        ends = names(path)
+        for start in range(len(ends)):
+            spec = self.specs.get(ends[start:])
+            if spec is not None and len(leaf.shape) == len(spec.shape) and leaf.shape[1:] == spec.shape[1:]:
+                return self.on(partition(spec.axes, leaf.shape, self.mesh.shape))
+        return self.on(WHOLE)
+
+    def shardings(self, tree: Any) -> Any:
+        """`sharding` of each leaf of a tree of arrays or shapes."""
+        return jax.tree_util.tree_map_with_path(self.sharding, tree)
+
+    def place(self, tree: Any) -> Any:
+        """The tree on the mesh, once."""
+        return jax.device_put(tree, self.shardings(tree))
+
+    def check_rows(self, rows: int, accumulate: int = 1, *, own: bool = False) -> None:
+        """As for `Replicated`, over the data axis alone."""
+        del own
+        check_rows(rows, accumulate, self.mesh.shape[AXIS])
+
+    def split_rows(self, array: np.ndarray, axis: int = 0) -> Any:
+        """An array with its rows, on this axis, spread over the mesh's data axis."""
+        return jax.device_put(array, self.on(PartitionSpec(*[None] * axis, AXIS)))
+
+    def split_batch(self, batch: dict[str, np.ndarray], accumulate: int = 1) -> Batch:
+        """Leaves [B ...] as [A B/A ...], ready for `train_step`."""
+        parts = {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
+        return Batch(**{name: self.split_rows(x, 1) for name, x in parts.items()})
+
+    def split_eval_batch(self, batch: dict[str, np.ndarray]) -> Batch:
+        """As for `Replicated`."""
+        return Batch(**{name: self.split_rows(x) for name, x in batch.items()})
+
+    def train_step(self, step: Callable, state: Any) -> Callable:
+        """As for `Replicated`: the state is donated, the frozen weights never are."""
+        return jax.jit(self.told(step), donate_argnums=1, out_shardings=(self.shardings(state), self.on(WHOLE)))
+
+    def eval_step(self, step: Callable) -> Callable:
+        """As for `Replicated`."""
+        return self.jit(step)
+
+    def jit(self, function: Callable) -> Callable:
+        """As for `Replicated`; every process can read what comes out."""
+        return jax.jit(self.told(function), out_shardings=self.on(WHOLE))
+
+    def told(self, function: Callable) -> Callable:
+        """The function, which knows this mesh while it is traced; `nn.spread` asks for it."""
+
+        def traced(*arguments: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return function(*arguments)
+
+        return traced
+
+    def held(self, tree: Any) -> int:
+        """As for `Replicated`."""
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return sum(math.prod(self.sharding(path, x).shard_shape(x.shape)) * x.dtype.itemsize for path, x in leaves)
+
+
+Layout = Replicated | Sharded
+
+
+def names(path: tuple) -> tuple[str, ...]:
+    """The keys of nested dicts that a path ends in."""
+    found: list[str] = []
+    for entry in reversed(path):
+        if not isinstance(entry, jax.tree_util.DictKey):
+            break
+        found.insert(0, entry.key)
+    return tuple(found)
+
+
+def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
+    """How a weight with these logical axes is split over a mesh of these sizes, by `RULES`."""
+    found: dict[str, str] = {}
+    for mesh_axis, wanted in RULES.items():
+        for name in wanted:
+            # A vector per layer is small, and gathering it costs more than it saves.
+            long = len(set(axes) - {"layers"}) > 1 or mesh_axis != AXIS
+            if name in axes and long and shape[axes.index(name)] % sizes[mesh_axis] == 0:
+                found[name] = mesh_axis
+                break
+    return PartitionSpec(*(found.get(name) for name in axes))
+
+
+def make(specs: Params, kind: str = "replicated", sizes: dict[str, int | None] | None = None) -> Layout:
+    """The layout that a config's `parallel` and section `mesh` ask for, for a model's weights; raises `UserError`."""
+    valid("parallel", kind, ("replicated", "sharded"))
+    if kind == "sharded":
+        if jax.process_count() > 1:  # they decode batches of their own, each at its own pace
+            raise UserError("parallel=sharded is for the devices of one process; with several expected replicated")
+        return Sharded(specs, *call("mesh", mesh_sizes, sizes or {}, jax.device_count()))
+    if any(size is not None for size in (sizes or {}).values()):
+        raise UserError(f"mesh={sizes} goes with parallel=sharded; with parallel={kind} it would do nothing")
+    return Replicated()
+
+
+def mesh_sizes(devices: int, *, data: int | None = None, model: int | None = None) -> tuple[int, int]:
+    """(data, model) on so many devices: what is None takes the rest, both the weights' shards over all of them.
+
+    Raises `UserError` for sizes that do not make the number of devices.
+    """
+    given = data, model
+    if model is None:
+        model = 1 if data is None else devices // max(data, 1)
+    if data is None:
+        data = devices // max(model, 1)
+    if data < 1 or data * model != devices:
+        told = " and ".join(f"mesh.{n}={x}" for n, x in zip((AXIS, MODEL), given, strict=True) if x is not None)
+        known = ", ".join(f"{d} x {m}" for d, m in meshes(devices))
+        raise UserError(f"{told} cannot be on {devices} devices; valid, data x model: {known}")
+    return data, model
+
+
+def here(config: dict[str, Any]) -> dict[str, Any]:
+    """What a finished run's config must change on these devices: a mesh of another number gives way to the default."""
+    try:
+        call("mesh", mesh_sizes, config.get("mesh") or {}, jax.device_count())
+    except UserError:
+        return {"mesh": {}}
+    return {}
+
+
+def meshes(devices: int) -> list[tuple[int, int]]:
+    """Every (data, model) on so many devices."""
+    return [(devices // model, model) for model in range(1, devices + 1) if devices % model == 0]
+
+
+def memory_limit() -> int | None:
+    """The bytes that a device can hold; None where it does not say so, as a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def check_memory(layout: Layout, specs: Params, parts: dict[str, Any], limit: int | None) -> None:
+    """Raises `UserError` if what stays on a device all the time, trees of shapes by name, is more than its limit.
+
+    Activations come on top of it.
+    """
+    needed = layout.held(list(parts.values()))
+    if limit is None or needed <= limit:
+        return
+    told = " + ".join(f"{name} {gibibytes(layout.held(tree))}" for name, tree in parts.items())
+    wrong = f"{told} are {gibibytes(needed)} on each device, which can hold {gibibytes(limit)}"
+    each = {sizes: Sharded(specs, *sizes).held(list(parts.values())) for sizes in meshes(jax.device_count())}
+    fitting = [f"mesh.data={d}, mesh.model={m}: {gibibytes(each[d, m])}" for d, m in each if each[d, m] <= limit]
+    if not fitting:
+        least = gibibytes(min(each.values()))
+        raise UserError(
+            f"{wrong}; with parallel=sharded it is {least} on each of the {jax.device_count()} devices here; "
+            "expected more devices, model.dtype=bfloat16 or a smaller model"
+        )
+    raise UserError(f"{wrong}; expected parallel=sharded, with {' or '.join(fitting[:3])} each")
+
+
+def gibibytes(size: int) -> str:
+    """A number of bytes, to be read."""
+    return f"{size / 2**30:.3g} GiB"

@@ -80,6 +80,8 @@ def groups(configs: Sequence[dict[str, Any]], size: int) -> list[list[int]]:
 
 def check(configs: Sequence[dict[str, Any]], bases: Sequence[setup.Base], runs: Sequence[setup.Run]) -> None:
     """Raises `UserError` unless the runs differ only in where they start, their lengths, rates and seeds."""
+    if not isinstance(bases[0].layout, parallel.Replicated):
+        raise UserError("runs that train together share weights that are whole; expected parallel=replicated for them")
     first = flat(configs[0])
     for config in configs[1:]:
         own, free = flat(config), varying(configs[0]) & varying(config)
@@ -113,14 +115,14 @@ def slots(base: setup.Base) -> int:
 
 
 class Single:
-    """One run, its batches spread over the local devices."""
+    """One run, its batches spread over the devices."""
 
     def __init__(self, config: dict[str, Any], base: setup.Base, run: setup.Run, weights: Params):
         """Places the frozen weights."""
         self.config, self.base, self.run, self.method = config, base, run, base.method
-        self.frozen = parallel.place(setup.prepare(base, config, weights))
-        body = make_train_step(base.model, base.method, base.objective, run.tx, axis=parallel.AXIS)
-        self.step = parallel.train_step(body)
+        self.layout = base.layout
+        self.frozen = self.layout.place(setup.prepare(base, config, weights))
+        self.body = make_train_step(base.model, base.method, base.objective, run.tx, axis=self.layout.axis)
         self.state: TrainState | None = None
 
     def fresh(self) -> list[TrainState]:
@@ -129,12 +131,13 @@ class Single:
 
     def start(self, states: Sequence[TrainState]) -> None:
         """Goes on from these."""
-        self.state = parallel.place(states[0])
+        self.state = self.layout.place(states[0])
+        self.step = self.layout.train_step(self.body, self.state)
 
     def batches(self, first: int) -> Iterator[Any]:
         """What `advance` takes, from the step after `first`."""
         for batch in self.run.data.batches(first):
-            yield parallel.split_batch(batch, self.run.train.accumulate)
+            yield self.layout.split_batch(batch, self.run.train.accumulate)
 
     def advance(self, batch: Any) -> Sums:
         """Takes a step; returns its sums, which may still be computed."""
@@ -155,7 +158,7 @@ class Single:
 
     def bound(self, number: int, trainable: Params) -> tuple[Params, Params]:
         """(frozen, trainable) as `self.method` binds them, for a run's trainable parameters."""
-        return self.frozen, trainable
+        return self.frozen, self.layout.place(trainable)
 
 
 class Population:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from prefix_tuning import parallel, setup
+from prefix_tuning import setup
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.errors import UserError
 from prefix_tuning.files import guarded, replace
@@ -71,7 +71,7 @@ def start_from(config: dict[str, Any], begin: Callable[[setup.Base], Begin], wor
     base = setup.make_base(config)
     make = begin(base)
     run = setup.make_run(config, base)
-    parallel.check_rows(run.train.batch_size, run.train.accumulate)
+    base.layout.check_rows(run.train.batch_size, run.train.accumulate)
     check_config(workdir, config)
     place = Path(workdir) / "checkpoints"
     if place.is_dir() and any(place.iterdir()):

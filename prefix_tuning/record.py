@@ -19,6 +19,7 @@ from prefix_tuning.errors import UserError
 from prefix_tuning.files import guarded, read_json, read_lines, replace, write_json
 
 WORKDIR = "a workdir made by 'run.py train'"
+LAYOUT = ("parallel", "mesh")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "grain", "numpy")
 
 
@@ -79,11 +80,15 @@ class Record:
 
 
 def check_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
-    """Raises `UserError`, naming the keys that differ, if the workdir was made with another config."""
+    """Raises `UserError`, naming the keys that differ, if the workdir was made with another config.
+
+    Where its arrays lie may differ: a run goes on in another layout, and older workdirs name none.
+    """
     path = Path(workdir) / "config.json"
     if not path.exists():
         return
-    differing = differences(read_json(path, WORKDIR), json.loads(json.dumps(config)))
+    made, own = read_json(path, WORKDIR), json.loads(json.dumps(config))
+    differing = differences(*({key: part for key, part in one.items() if key not in LAYOUT} for one in (made, own)))
     if differing:
         raise UserError(
             f"workdir {workdir} was made with another config: {'; '.join(differing)}; "

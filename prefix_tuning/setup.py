@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prefix_tuning import data, hosts, nn
+from prefix_tuning import data, hosts, nn, parallel
 from prefix_tuning.data import pipeline, tasks
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError, valid
@@ -23,7 +23,8 @@ from prefix_tuning.registry import call, named
 from prefix_tuning.types import Adaptation, Method, Model, Objective, Params, TrainState, count
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("seed", "model", "dataset", "text", "method", "objective", "optimizer", "train", "evaluation", "decode")
+OPTIONAL = ("decode", "parallel", "mesh")  # not in every config
+SECTIONS = ("seed", "model", "dataset", "text", "method", "objective", "optimizer", "train", "evaluation", *OPTIONAL)
 
 
 class Train(NamedTuple):
@@ -73,6 +74,7 @@ class Base(NamedTuple):
     text: dict[str, Any]  # how examples are tokenised, the method's template filled in
     decode: DecodeConfig | None
     prefix_length: int  # positions that the method takes from real tokens
+    layout: parallel.Layout  # where arrays lie
 
 
 class Split(NamedTuple):
@@ -98,7 +100,7 @@ class Run(NamedTuple):
 def make_base(config: dict[str, Any]) -> Base:
     """Model, tokenizer, method and decoder, without the weights; raises `UserError` for anything that cannot work."""
     unknown = [key for key in config if key not in SECTIONS]
-    missing = [key for key in SECTIONS if key not in config and key != "decode"]
+    missing = [key for key in SECTIONS if key not in (*config, *OPTIONAL)]
     if unknown or missing:
         raise UserError(f"config has unknown sections {unknown} and lacks {missing}; expected {', '.join(SECTIONS)}")
     valid("model.dtype", config["model"].get("dtype", "float32"), loading.DTYPES)
@@ -144,6 +146,7 @@ def make_base(config: dict[str, Any]) -> Base:
         text=make_text(config["text"], method, model),
         decode=None if task else make_decode(config["decode"], tokenizer, folder),
         prefix_length=nn.taken(abstract_adaptation(method, model), model),
+        layout=parallel.make(model.specs, config.get("parallel", "replicated"), config.get("mesh")),
     )
 
 
@@ -158,13 +161,23 @@ def make_text(section: dict[str, Any], method: Method, model: Model) -> dict[str
 
 
 def load_weights(base: Base, config: dict[str, Any]) -> Params:
-    """The frozen weights, and what the method keeps beside them, on the host."""
+    """The frozen weights, and what the method keeps beside them, where `read_weights` says."""
     return prepare(base, config, read_weights(base, config))
 
 
 def read_weights(base: Base, config: dict[str, Any]) -> Params:
-    """The frozen weights alone, on the host."""
-    return loading.load_weights(base.folder, base.model, config["model"].get("dtype", "float32"))
+    """The frozen weights alone: on the host, or straight into the shards of a layout that splits them."""
+    return loading.load_weights(base.folder, base.model, config["model"].get("dtype", "float32"), base.layout.where)
+
+
+def check_memory(base: Base, config: dict[str, Any], run: Run | None = None) -> None:
+    """Raises `UserError` for weights and, with a run, its state that are more than a device's memory."""
+    frozen = abstract_frozen(base.method, base.model, config["model"].get("dtype", "float32"))
+    trainable = abstract_trainable(base.method, base.model)
+    parts = {"weights": frozen, "trained parameters": trainable}
+    if run is not None:
+        parts["optimizer state"] = jax.eval_shape(run.tx.init, trainable)
+    parallel.check_memory(base.layout, base.model.specs, parts, parallel.memory_limit())
 
 
 def prepare(base: Base, config: dict[str, Any], weights: Params) -> Params:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefix_tuning import evaluate, hosts, metrics, parallel, population, publish, setup
+from prefix_tuning import evaluate, hosts, metrics, population, publish, setup
 from prefix_tuning.checkpoint import Checkpoints, checksum, plain
 from prefix_tuning.data.pipeline import Tokens, without
 from prefix_tuning.data.tasks import Encoded
@@ -108,8 +108,8 @@ def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | P
             f"train.population={settings.population} is how many runs of a sweep train at once; expected 1 in a run of "
             "its own, or 'run.py sweep', or 'run.py train --runs=NAME,NAME'"
         )
-    parallel.check_rows(settings.batch_size, settings.accumulate)
-    parallel.check_rows(evaluation.batch_size)
+    bases[0].layout.check_rows(settings.batch_size, settings.accumulate)
+    bases[0].layout.check_rows(evaluation.batch_size)
     check_selection(runs[0])
     if len(configs) > 1:
         if hosts.count() > 1:
@@ -126,6 +126,7 @@ def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | P
     if not left:
         return list(summaries.values())
     alone = len(left) == 1
+    setup.check_memory(bases[0], configs[0], runs[0])
     weights = setup.read_weights(bases[0], configs[0])
     members = []
     for i in left:
@@ -348,8 +349,8 @@ def make_scorer(
 
     It also records them, with the predictions and a few samples.
     """
-    base, evaluation = members[0].base, members[0].run.evaluation
-    step = parallel.eval_step(make_eval_step(base.model, engine.method, base.objective, axis=parallel.AXIS))
+    base, evaluation, layout = members[0].base, members[0].run.evaluation, members[0].base.layout
+    step = layout.eval_step(make_eval_step(base.model, engine.method, base.objective, axis=layout.axis))
     write = evaluate.make_writer(base, evaluation.batch_size, check=stop.check)
 
     def score(number: int, state: TrainState, name: str, split: setup.Split) -> dict[str, float | None]:
@@ -358,7 +359,7 @@ def make_scorer(
         where = "" if len(members) == 1 else f"{record.workdir}, "
         say(f"{where}step {at}: evaluating on {len(split.records)} records of the {name} split")
         frozen, trainable = engine.bound(number, state.trainable)
-        loss = evaluate.mean_loss(step, frozen, trainable, split, run, check=stop.check)
+        loss = evaluate.mean_loss(step, layout, frozen, trainable, split, run, check=stop.check)
         prefix = "eval" if name == evaluation.split else name
         if not evaluation.metrics:  # the loss is all that is asked for, so nothing is decoded
             record.metrics(at, {f"{prefix}/{key}": value for key, value in loss.items()})

@@ -147,12 +147,12 @@ def test_rows_that_do_not_split_name_the_processes(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(jax, "device_count", lambda: 24)
     with pytest.raises(UserError, match=r"3 processes that have not been joined; start all with --hosts=auto"):
-        parallel.check_rows(24)
+        parallel.Replicated().check_rows(24)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     with pytest.raises(UserError, match=r"16 rows .* 24 devices \(3 processes of 8\); expected a multiple of 24"):
-        parallel.check_rows(16)
-    parallel.check_rows(16, own=True)
-    parallel.check_rows(48, 2)
+        parallel.Replicated().check_rows(16)
+    parallel.Replicated().check_rows(16, own=True)
+    parallel.Replicated().check_rows(48, 2)
 
 
 @pytest.mark.parametrize("kind", ["source", "types"])

@@ -317,8 +317,8 @@ def test_dropout_differs_on_every_device_micro_batch_and_step(setting):
 @pytest.mark.parametrize(("rows", "accumulate"), [(12, 1), (8, 2), (8, 0), (0, 1), (24, 2)])
 def test_batches_that_cannot_be_split(rows, accumulate):
     with pytest.raises(UserError, match=f"a batch of {rows} rows cannot be split over {accumulate} micro-batches"):
-        parallel.check_rows(rows, accumulate)
-    parallel.check_rows(16, 2)
+        parallel.Replicated().check_rows(rows, accumulate)
+    parallel.Replicated().check_rows(16, 2)
 
 
 def test_rows_keep_their_order_when_split():

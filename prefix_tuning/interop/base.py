@@ -26,7 +26,8 @@ def fingerprint(model: Model, frozen: Params) -> str | None:
         if leaf.dtype not in (np.float32, jnp.bfloat16):
             return None
         picked = np.linspace(0, leaf.size - 1, min(SAMPLE, leaf.size)).astype(np.int64)
-        sample = np.asarray(jax.device_get(leaf.reshape(-1)[picked])).astype(jnp.bfloat16)
+        # By its own axes, so that a sharded weight stays in its shards.
+        sample = np.asarray(jax.device_get(leaf[np.unravel_index(picked, leaf.shape)])).astype(jnp.bfloat16)
         found.update(f"{'/'.join(path)} {leaf.shape}".encode())
         found.update(sample.tobytes())
     return found.hexdigest()[:32]

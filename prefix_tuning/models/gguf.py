@@ -43,7 +43,7 @@ INSIDE = {
 
 
 class Tensor(NamedTuple):
-    """A tensor that is dequantised when it is indexed, as safetensors' slices are read."""
+    """A tensor whose rows are read and dequantised when it is indexed, as safetensors' slices are read."""
 
     stored: gguf.ReaderTensor
     heads: int | None  # of whose rows the rotary pairs lie side by side; None where nothing is turned
@@ -53,16 +53,19 @@ class Tensor(NamedTuple):
         return [int(n) for n in self.stored.shape[::-1]]
 
     def __getitem__(self, index: Any) -> np.ndarray:
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        if self.heads is not None:
+            # llama.cpp turns neighbours, (2i, 2i + 1), where Hugging Face and we turn (i, i + H/2).
+            pairs = np.arange(self.get_shape()[0]).reshape(self.heads, -1, 2)
+            rows = pairs.swapaxes(1, 2).ravel()[rows]
+        # Blocks of quantised numbers lie within a row; of a vector they are all that there is.
+        own, behind = (self.stored.data[rows], ()) if len(self.get_shape()) > 1 else (self.stored.data, (rows,))
         try:
-            whole = gguf.dequantize(self.stored.data, self.stored.tensor_type).astype(np.float32, copy=False)
+            read = gguf.dequantize(own, self.stored.tensor_type).astype(np.float32, copy=False)
         except NotImplementedError as error:
             kind = self.stored.tensor_type.name
             raise UserError(f"tensor {self.stored.name} is of type {kind}, which cannot be dequantised") from error
-        if self.heads is not None:
-            # llama.cpp turns neighbours, (2i, 2i + 1), where Hugging Face and we turn (i, i + H/2).
-            pairs = whole.reshape(self.heads, -1, 2, *whole.shape[1:])
-            whole = pairs.swapaxes(1, 2).reshape(whole.shape)
-        return whole[index]
+        return read[behind or (slice(None), *columns)]
 
 
 def opened(file: Path) -> gguf.GGUFReader:

@@ -3,11 +3,12 @@
 A file of llama.cpp may stand where a folder does.
 """
 
+import functools
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import safetensors
 import safetensors.numpy
 import transformers
 from jax import Array
+from jax.sharding import Sharding
 
 from prefix_tuning import models
 from prefix_tuning.errors import UserError, valid
@@ -27,6 +29,7 @@ from prefix_tuning.models import gguf
 from prefix_tuning.types import Model, Params, Spec
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+Index = tuple[slice, ...]  # one slice per axis
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # what a folder of the hub is fetched for
 
 
@@ -121,41 +124,47 @@ def load_gguf_tokenizer(file: Path) -> transformers.PreTrainedTokenizerBase | No
     return beside
 
 
-def load_weights(folder: Path, model: Model, dtype: str) -> Params:
-    """The tree of `model.specs` [L ...] from the folder's *.safetensors, cast to dtype, still on the host.
+def load_weights(folder: Path, model: Model, dtype: str, where: Callable[[Spec], Sharding] | None = None) -> Params:
+    """The tree of `model.specs` [L ...] from the folder's *.safetensors, cast to dtype, on the host or, as `where` says
+    of each weight, in shards that are read one by one, so that no whole weight is ever in one place.
 
     Optional weights that the files lack are left out.  Raises `UserError` listing every missing, unexpected and
-    misshapen tensor.
+    misshapen tensor, before any is read.
     """
     numpy_dtype = np.dtype(DTYPES[valid("dtype", dtype, DTYPES)])
-    ignored = re.compile("|".join(models.MODELS[model.config["model_type"]].IGNORED))
-    wanted: dict[str, list[tuple]] = {}
+    found = stored(folder, model)
+    tree = {}
     for path, spec in paths(model.specs):
-        for name, layer in names(spec):
-            wanted.setdefault(name, []).append((path, spec, layer))
+        tensors = [found[name] for name, _ in names(spec) if name in found]
+        if not tensors:
+            continue
+        shard = functools.partial(read_shard, spec, tensors, numpy_dtype)
+        whole = (slice(None),) * len(spec.shape)
+        tree[path] = shard(whole) if where is None else placed(spec.shape, where(spec), shard)
+    return unflatten(tree)
+
+
+def stored(folder: Path, model: Model) -> dict[str, Any]:
+    """The tensors of a folder, unread, by the names that `model.specs` gives them; strict, as `load_weights` says."""
+    ignored = re.compile("|".join(models.MODELS[model.config["model_type"]].IGNORED))
+    wanted: dict[str, list[Spec]] = {}
+    for _, spec in paths(model.specs):
+        for name, _ in names(spec):
+            wanted.setdefault(name, []).append(spec)
     firsts = first_names(model)
-    tree: dict[tuple, np.ndarray] = {}
-    seen, unexpected, misshapen = set(), [], []
+    found, unexpected, misshapen = {}, [], []
     for key, tensor in gguf.read(folder) if is_gguf(folder) else read_folder(folder):
         name = next((n for n in (key, *(f"{first}.{key}" for first in firsts)) if n in wanted), None)
         if name is None:
             if not ignored.fullmatch(key):
                 unexpected.append(key)
             continue
-        seen.add(name)
-        expected = list(stored_shape(wanted[name][0][1]))
+        found[name] = tensor
+        expected = list(stored_shape(wanted[name][0]))
         if tensor.get_shape() != expected:
             misshapen.append(f"{key} {tensor.get_shape()} instead of {expected}")
-            continue
-        whole = tensor[:]
-        for path, spec, layer in wanted[name]:
-            if path not in tree:
-                tree[path] = np.empty(spec.shape, numpy_dtype)
-            target = tree[path] if layer is None else tree[path][layer]
-            value = own_rows(whole, spec).reshape(own_shape(spec))
-            target[...] = (value.T if spec.transposed else value).reshape(target.shape)
-    needed = {name for name, own in wanted.items() if not all(spec.optional for _, spec, _ in own)}
-    problems = (("missing", sorted(needed - seen)), ("unexpected", unexpected), ("misshapen", misshapen))
+    needed = {name for name, own in wanted.items() if not all(spec.optional for spec in own)}
+    problems = (("missing", sorted(needed - found.keys())), ("unexpected", unexpected), ("misshapen", misshapen))
     if any(rows for _, rows in problems):
         listed = "; ".join(
             f"{len(rows)} {kind}: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
@@ -163,7 +172,59 @@ def load_weights(folder: Path, model: Model, dtype: str) -> Params:
             if rows
         )
         raise UserError(f"{folder} does not hold the weights its config.json asks for: {listed}")
-    return unflatten(tree)
+    return found
+
+
+def placed(shape: tuple[int, ...], sharding: Sharding, read: Callable[[Index], np.ndarray]) -> Array:
+    """An array whose shards are read one after the other, each once, and copied to all devices that hold it."""
+    holders: dict[tuple, tuple[Index, list[jax.Device]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        key = tuple((part.start, part.stop) for part in index)
+        holders.setdefault(key, (index, []))[1].append(device)
+    shards = []
+    for index, devices in holders.values():
+        shard = read(index)
+        shards += [jax.device_put(shard, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def read_shard(spec: Spec, tensors: Sequence[Any], dtype: np.dtype, index: Index) -> np.ndarray:
+    """What an index into a weight [L ...] selects of it, from its tensors in the file, of which no more is read."""
+    sizes = [len(range(*part.indices(size))) for part, size in zip(index, spec.shape, strict=True)]
+    shard = np.empty(sizes, dtype)
+    if "{layer}" not in spec.source:
+        shard[...] = read_part(spec, tensors[0], index).reshape(sizes)
+        return shard
+    for row, tensor in zip(shard, tensors[index[0]], strict=True):
+        row[...] = read_part(spec, tensor, index[1:]).reshape(sizes[1:])
+    return shard
+
+
+def read_part(spec: Spec, tensor: Any, index: Index) -> np.ndarray:
+    """What an index (behind L) selects of a weight in one of its tensors; its axes in order, as many as are stored."""
+    shape = spec.shape[-len(index) :]
+    ranges = []
+    for number, axes in enumerate(stored_axes(spec)):
+        rows = np.arange(math.prod(shape[axis] for axis in axes))
+        if number == 0:
+            rows = own_rows(np.arange(stored_shape(spec)[0]), spec)
+        rows = rows.reshape([shape[axis] for axis in axes])[tuple(index[axis] for axis in axes)].ravel()
+        ranges.append([slice(int(run[0]), int(run[-1]) + 1) for run in np.split(rows, breaks(rows))])
+    part = slices(tensor, ranges)
+    return part.T if spec.transposed else part
+
+
+def breaks(rows: np.ndarray) -> np.ndarray:
+    """Where a list of numbers does not count on by one."""
+    return np.flatnonzero(np.diff(rows) != 1) + 1
+
+
+def slices(tensor: Any, ranges: Sequence[Sequence[slice]], before: tuple[slice, ...] = ()) -> np.ndarray:
+    """What several ranges of each axis select of a tensor in a file, read range by range."""
+    if not ranges:
+        return tensor[before]
+    parts = [slices(tensor, ranges[1:], (*before, part)) for part in ranges[0]]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=len(before))
 
 
 def save_pretrained(
@@ -293,6 +354,15 @@ def own_shape(spec: Spec) -> tuple[int, ...]:
     inner, outer = math.prod(shape[: spec.inner]), math.prod(shape[spec.inner :])
     matrix = (inner, outer) if spec.inner else (outer,)
     return matrix[::-1] if spec.transposed else matrix
+
+
+def stored_axes(spec: Spec) -> list[tuple[int, ...]]:
+    """Which axes of a weight (behind L) each axis of one of its tensors in the file is made of."""
+    axes = tuple(range(len(spec.shape) - ("{layer}" in spec.source)))
+    if spec.inner is None:
+        return [(axis,) for axis in axes]
+    both = [axes[: spec.inner], axes[spec.inner :]] if spec.inner else [axes]
+    return both[::-1] if spec.transposed else both
 
 
 def paths(specs: Params) -> list[tuple[tuple[str, ...], Spec]]:
