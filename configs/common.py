@@ -141,6 +141,11 @@ def rate(name: str, rates: dict[str, float]) -> float:
     return rates[name] if name in rates else min(rates[part] for part in PRESETS.get(name, (name.split("+"),))[0])
 
 
+def model(**options: Any) -> config_dict.ConfigDict:
+    """The section `model`: what a config says over what is usual."""
+    return section(**{"scan": True, "remat": False} | options)
+
+
 def train(**options: Any) -> config_dict.ConfigDict:
     """The section `train`: what a config says over what is usual."""
     return section(**{"population": 1, "eval_every": None, "eval_epochs": None} | options)
