@@ -413,6 +413,9 @@ def main(arguments: list[str]) -> int:
         if "--debug" in arguments:
             raise
         return fail(error)
+    from prefix_tuning import compiled
+
+    compiled.keep()
     try:
         command.run(**values)
     except KeyboardInterrupt:
