@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.types import KV, Adaptation, LayerHooks, Layers, Model, Params, Sites
+from prefix_tuning.types import KV, Adaptation, LayerHooks, Layers, Model, Params, Sites, joined
 
 ACTIVATIONS = {
     # Computed again for its derivative: cheaper than keeping what autodiff wants, three arrays as wide as the MLP.
@@ -194,6 +194,20 @@ def over_layers(
         kept.append(found)
         first += depth
     return carry, kept[0] if len(kept) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *kept)
+
+
+def apart(params: Params, model: Model) -> Params:
+    """The weights with every layer a part of its own, copied once.
+
+    A loop over steps then reads each layer where it is.  Out of a stack it would copy all of them at every step.
+    """
+    split = {}
+    for stack, sites in model.sites.items():
+        layers = joined(params[model.layers(stack)])
+        split[model.layers(stack)] = tuple(
+            jax.tree.map(lambda x, n=number: x[n : n + 1], layers) for number in range(sites.layers)
+        )
+    return params | split
 
 
 class Attention(NamedTuple):

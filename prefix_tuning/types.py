@@ -199,6 +199,7 @@ class Model(NamedTuple):
     # (params, tokens [P]) -> stack -> site -> the `KV` [L P K H] that each layer computes for them
     keys_values: Callable[[Params, Array], dict[str, dict[str, KV]]]
     pool: Callable[[Params, Array], Array] | None = None  # (params, hidden [... D] of the first token); None: as it is
+    scan: bool = True  # whether layers are scanned over, rather than unrolled
     start: int | None = None  # the token that the decoder of an encoder-decoder begins with
 
     @property

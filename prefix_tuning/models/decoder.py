@@ -198,6 +198,7 @@ def build(
     return Model(
         config=config,
         sites=all_sites,
+        scan=scan,
         specs=specs,
         vocabulary=vocabulary,
         max_positions=max_positions,

@@ -145,6 +145,7 @@ def build(
     return Model(
         config=config,
         sites=reader.sites,
+        scan=scan,
         specs=specs,
         vocabulary=vocabulary,
         max_positions=max_positions,

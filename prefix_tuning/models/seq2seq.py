@@ -233,6 +233,7 @@ def build(
     return Model(
         config=config,
         sites=sites,
+        scan=scan,
         specs=specs,
         vocabulary=vocabulary,
         max_positions=max_positions,
