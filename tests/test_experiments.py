@@ -217,7 +217,7 @@ def test_worker_waits_answers_and_says_what_it_took(tmp_path):
         "import sys, time\nfrom experiments import in_turn\n"
         "def add(a, b):\n    time.sleep(0.05)\n    return {'sum': a + b}\n"
         "def leave():\n    sys.exit(3)\n"
-        "held = bytearray(64 << 20)\n"
+        "held = bytearray(b'x') * (64 << 20)\n"
         "in_turn.serve({'add': add, 'leave': leave, 'memory': in_turn.host_memory}, sys.stdout)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -253,5 +253,6 @@ def test_bench_table_says_how_much_faster_and_how_much_larger():
     ],
 )
 def test_bench_refuses_what_it_does_not_know(flag, message):
+    bench.FLAGS.unparse_flags()
     with pytest.raises(SystemExit, match=re.escape(f"error: {message}")):
         bench.main(["bench", flag])
