@@ -185,7 +185,7 @@ def over_layers(
     alone is not differentiated in those below it.  scan=False unrolls the layers; remat keeps only their inputs for the
     backward pass, which computes the rest again.
     """
-    body = jax.checkpoint(body, prevent_cse=not scan) if remat else body
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
     parts, first, kept = layers if isinstance(layers, tuple) else (layers,), 0, []
     for part in parts:
         depth = len(jax.tree.leaves(part)[0])

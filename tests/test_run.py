@@ -170,6 +170,13 @@ def test_layers_are_unrolled_on_request(folder, scan):
     assert f"unroll={1 if scan else layers}" in str(read(loading.abstract(base.model, "float32"), batch))
 
 
+def test_unrolled_layers_are_not_rematerialised(folder):
+    config = settings(folder)
+    config["model"] |= {"scan": False, "remat": True}
+    with pytest.raises(UserError, match=r"model\.remat=True saves nothing with model\.scan=False"):
+        setup.make_base(config)
+
+
 def test_the_same_command_again_shows_the_result(folder, finished):
     workdir, summary = finished
     before = (workdir / "metrics.jsonl").read_text()
