@@ -446,6 +446,9 @@ def main(arguments: list[str]) -> int:
         if "--debug" in arguments:
             raise
         return fail(error)
+    from prefix_tuning import compiled
+
+    compiled.keep()
     hosts, lost, code = None, None, 0
     try:
         if "hosts" in command.options:

@@ -147,6 +147,11 @@ def config(**sections: Any) -> config_dict.ConfigDict:
     return section(**layout | sections)
 
 
+def model(**options: Any) -> config_dict.ConfigDict:
+    """The section `model`: what a config says over what is usual."""
+    return section(**{"scan": True, "remat": False} | options)
+
+
 def train(**options: Any) -> config_dict.ConfigDict:
     """The section `train`: what a config says over what is usual."""
     return section(**{"population": 1, "eval_every": None, "eval_epochs": None} | options)

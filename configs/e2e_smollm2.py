@@ -29,7 +29,7 @@ def get_config(arg=None):
         prefix = {"init": "random", "text": None}
     return common.config(
         seed=0,
-        model=common.section(name="HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32"),
+        model=common.model(name="HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32"),
         dataset=common.section(name="e2e", path="tuetschek/e2e_nlg", strip=True),
         text=common.section(prompt="{source}\n", completion="{target}", max_source=None, max_target=None),
         method=common.method(settings["method"], prefix=prefix),

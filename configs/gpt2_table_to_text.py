@@ -102,7 +102,7 @@ def get_config(arg=None):
         prefix |= {"length": 6} if words == "random" else {"length": None, "init": "text", "text": f" {words}"}
     return common.config(
         seed=101,
-        model=common.section(name=f"openai-community/gpt2-{settings['model']}", dtype="float32"),
+        model=common.model(name=f"openai-community/gpt2-{settings['model']}", dtype="float32"),
         dataset=common.section(**dataset),
         # The spaces are the released code's: every one of them is a token of GPT-2's.
         text=common.section(prompt=" {source} {bos}", completion=" {target} ", max_source=None, max_target=None),

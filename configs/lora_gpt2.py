@@ -30,7 +30,7 @@ def get_config(arg=None):
     dataset = DATA[data][1] | ({"leading_separator": False} if data == "webnlg" else {})
     return common.config(
         seed=110,
-        model=common.section(name=f"openai-community/gpt2-{size}", dtype="float32"),
+        model=common.model(name=f"openai-community/gpt2-{size}", dtype="float32"),
         dataset=common.section(**dataset | ({"strip": True} if data == "e2e" else {})),
         text=common.section(prompt="{source}{bos}", completion=" {target}", max_source=None, max_target=None),
         method=common.method(

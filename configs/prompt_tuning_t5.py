@@ -37,7 +37,7 @@ def get_config(arg=None):
     start = {"init": "labels", "labels": labels} if length >= len(labels) else {"init": "vocabulary"}
     return common.config(
         seed=0,
-        model=common.section(name=f"google/t5-{size}-lm-adapt", dtype="float32"),
+        model=common.model(name=f"google/t5-{size}-lm-adapt", dtype="float32"),
         dataset=common.section(name="superglue", path="aps/super_glue", task=task, as_text=True),
         text=common.section(prompt="{source}{eos}", completion="{target}", max_source=511, max_target=None),
         method=common.method(name, prompt={"length": length, **start}, prefix={"init": "random", "text": None}),

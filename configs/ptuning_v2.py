@@ -138,7 +138,7 @@ def get_config(arg=None):
         prefix["scale"] = 0.02  # with which transformers starts what a file of weights lacks
     return common.config(
         seed=row.seed,
-        model=common.section(name=name, dtype="float32"),
+        model=common.model(name=name, dtype="float32"),
         dataset=common.section(**task.dataset),
         text=common.section(**text),
         method=common.method(settings["method"], prefix=prefix),

@@ -60,7 +60,7 @@ def shared(quick):
     """All other sections."""
     return common.config(
         seed=0,
-        model=common.section(name="configs/quickstart_assets/model", dtype="float32"),
+        model=common.model(name="configs/quickstart_assets/model", dtype="float32"),
         dataset=common.section(name="text", path="configs/quickstart_assets/task"),
         text=common.section(prompt="{source}\n", completion="{target}", max_source=None, max_target=None),
         objective=common.section(name="lm", normalisation="token"),

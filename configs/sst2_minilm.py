@@ -35,7 +35,7 @@ def get_config(arg=None):
     start = {"init": "random", "text": None} if settings["random"] else {"text": TEXT}
     return common.config(
         seed=0,
-        model=common.section(name="sentence-transformers/all-MiniLM-L6-v2", dtype="float32", scan=False),
+        model=common.model(name="sentence-transformers/all-MiniLM-L6-v2", dtype="float32", scan=False),
         dataset=common.section(name="glue", path="nyu-mll/glue", task="sst2"),
         text=common.section(prompt="{cls}{source}{sep}", max_length=128),
         method=common.method(settings["method"], prefix={"length": 20} | start),

@@ -16,7 +16,7 @@ def get_config(arg=None):
     quick = settings["quick"]
     return common.config(
         seed=0,
-        model=common.section(name="HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32"),
+        model=common.model(name="HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32"),
         dataset=common.section(name="chat", path="runs/style/data", system=None),
         text=common.section(prompt="{chat}", completion="{chat}", max_source=None, max_target=None),
         method=common.method(settings["method"], prefix={"text": "Answer with a numbered list and count it.\n"}),

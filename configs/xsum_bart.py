@@ -51,7 +51,7 @@ def get_config(arg=None):
         prefix |= {"length": None, "init": "text", "text": " summarize"}
     return common.config(
         seed=101,
-        model=common.section(name="facebook/bart-large", dtype="float32"),
+        model=common.model(name="facebook/bart-large", dtype="float32"),
         dataset=common.section(name="xsum", path="EdinburghNLP/xsum", part=None if part == "all" else part, urls=None),
         text=common.section(
             # The spaces are the released code's; its 512 and 60 tokens count the special ones.

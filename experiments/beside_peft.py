@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
 
-from experiments import sides
+from experiments import in_turn, our_side, peft_side
 from prefix_tuning import evaluate, setup
 from prefix_tuning.data import pipeline
 
@@ -33,9 +33,13 @@ TEXT = "Describe the restaurant in one sentence that mentions every field of its
 def peft_batch(rows):
     """Pairs as a batch of PEFT: the prompt is no label."""
     whole = [row.prompt + row.target for row in rows]
-    tokens = sides.padded(whole)
-    labels = sides.padded([[-100] * len(row.prompt) + row.target for row in rows], -100)
-    return {"input_ids": tokens, "attention_mask": sides.padded([[1] * len(row) for row in whole]), "labels": labels}
+    tokens = peft_side.padded(whole)
+    labels = peft_side.padded([[-100] * len(row.prompt) + row.target for row in rows], -100)
+    return {
+        "input_ids": tokens,
+        "attention_mask": peft_side.padded([[1] * len(row) for row in whole]),
+        "labels": labels,
+    }
 
 
 def main(config):
@@ -43,7 +47,7 @@ def main(config):
     base = setup.make_base(config)
     run = setup.make_run(config, base)
     settings, split = run.train, run.final
-    examples = pipeline.encode(sides.training_rows(config), base.tokenizer, **config["text"])
+    examples = pipeline.encode(our_side.training_rows(config), base.tokenizer, **config["text"])
     real = sum(len(x.prompt) + len(x.target) - 1 for x in examples) * settings.epochs
 
     # ---- PEFT
@@ -53,18 +57,18 @@ def main(config):
         model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=base.prefix_length)
     )
     initialize_kv_prefix_from_text(theirs, base.tokenizer, text=TEXT)
-    rows = sides.shuffled(examples, settings.batch_size, settings.epochs, config["seed"])
+    rows = peft_side.shuffled(examples, settings.batch_size, settings.epochs, config["seed"])
     batches = [peft_batch(own) for own in rows]
-    their_step = sides.torch_step(theirs, len(batches), learning_rate=LEARNING_RATE)
+    their_step = peft_side.torch_step(theirs, len(batches), learning_rate=LEARNING_RATE)
 
     # ---- in turn
-    our_step, bound = sides.our_step(config, base, run)
+    our_step, bound = our_side.our_step(config, base, run)
     seconds = {"PEFT": [], "ours": []}
     theirs.train()
     for number, (batch, ours) in enumerate(zip(batches, run.data.batches(0), strict=True), start=1):
         losses = {
-            "PEFT": sides.timed(seconds["PEFT"], their_step, batch),
-            "ours": sides.timed(seconds["ours"], our_step, ours),
+            "PEFT": in_turn.timed(seconds["PEFT"], their_step, batch),
+            "ours": in_turn.timed(seconds["ours"], our_step, ours),
         }
         if number % 10 == 0:
             shown = ", ".join(f"{n} {losses[n]:.3f} after {sum(seconds[n]) / 60:.1f} min" for n in losses)

@@ -25,7 +25,7 @@ import transformers
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import sides
+from experiments import in_turn, our_side, peft_side
 from prefix_tuning import evaluate, setup
 
 NAMES = ("PEFT", "ours")
@@ -36,21 +36,9 @@ EVERY = 10  # steps between two of PEFT on our batches
 def peft_batch(examples):
     """Examples of ours as a batch of PEFT."""
     return {
-        "input_ids": sides.padded([example.read for example in examples]),
-        "attention_mask": sides.padded([[1] * len(example.read) for example in examples]),
+        "input_ids": peft_side.padded([example.read for example in examples]),
+        "attention_mask": peft_side.padded([[1] * len(example.read) for example in examples]),
         "labels": torch.tensor([example.targets[0] for example in examples]),
-    }
-
-
-def same_batch(batch):
-    """A batch of ours as a batch of PEFT, without the padding that no row needs and rows that only fill it."""
-    rows = batch["examples"] > 0
-    real = batch["segments"][rows] > 0
-    longest = real.any(0).sum()
-    return {
-        "input_ids": torch.tensor(batch["tokens"][rows, :longest], dtype=torch.long),
-        "attention_mask": torch.tensor(real[:, :longest], dtype=torch.long),
-        "labels": torch.tensor(batch["targets"][rows, 0], dtype=torch.long),
     }
 
 
@@ -80,8 +68,8 @@ def train_both(config):
     )
     own = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=base.prefix_length)
     theirs = peft.get_peft_model(model, own)
-    examples = setup.encode(base, sides.training_rows(config))
-    their_step = sides.torch_step(
+    examples = setup.encode(base, our_side.training_rows(config))
+    their_step = peft_side.torch_step(
         theirs,
         run.data.total_steps,
         learning_rate=LEARNING_RATE,
@@ -94,7 +82,7 @@ def train_both(config):
         theirs.zero_grad()
 
     # ---- ours
-    our_step, bound = sides.our_step(config, base, run)
+    our_step, bound = our_side.our_step(config, base, run)
     write = evaluate.make_writer(base, size)
 
     def our_accuracy():
@@ -107,13 +95,13 @@ def train_both(config):
 
     def turn(name, function, argument, sentences, tokens):
         seconds = []
-        result = sides.timed(seconds, function, argument)
+        result = in_turn.timed(seconds, function, argument)
         steps[name].append((seconds[0], int(sentences), int(tokens)))
         return result
 
     theirs.train()
     ends = np.cumsum(run.data.steps_per_epoch)
-    rows = sides.shuffled(examples, settings.batch_size, settings.epochs, config["seed"])
+    rows = peft_side.shuffled(examples, settings.batch_size, settings.epochs, config["seed"])
     for number, (mine, batch) in enumerate(zip(rows, run.data.batches(0), strict=True), start=1):
         given = peft_batch(mine)
         sizes = (batch["examples"] > 0).sum(), (batch["segments"] > 0).sum()
@@ -122,7 +110,7 @@ def train_both(config):
             "ours": turn("ours", our_step, batch, *sizes),
         }
         if number % EVERY == 1:
-            turn("PEFT on our batches", their_gradient, same_batch(batch), *sizes)
+            turn("PEFT on our batches", their_gradient, peft_side.read_batch(batch, "classify"), *sizes)
         if number in ends:
             accuracy["PEFT"].append(peft_accuracy(theirs, run.split, size))
             accuracy["ours"].append(our_accuracy())

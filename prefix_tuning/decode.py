@@ -82,6 +82,8 @@ def make_generate(model: Model, config: DecodeConfig) -> Callable[..., tuple[Arr
     def generate(
         params: Params, adaptation: Adaptation, tokens: Array, lengths: Array, key: Array | None = None
     ) -> tuple[Array, Array]:
+        if not model.scan:
+            params = nn.apart(params, model)
         if config.num_beams > 1:
             new, _ = beam_search(model, config, params, adaptation, tokens, lengths)
         else:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.types import KV, Adaptation, LayerHooks, Model, Params, Sites
+from prefix_tuning.types import KV, Adaptation, LayerHooks, Layers, Model, Params, Sites, joined
 
 ACTIVATIONS = {
     # Computed again for its derivative: cheaper than keeping what autodiff wants, three arrays as wide as the MLP.
@@ -186,6 +186,40 @@ def nearby(mask: Array, queries: Array, keys: Array, window: Array | None) -> Ar
     trained stays visible however long the row, or it would end to work after the first `window` tokens.
     """
     return mask if window is None else mask & (queries[:, :, None] - keys[:, None, :] < window)
+
+
+def over_layers(
+    body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: Layers, beside: Any, *, scan: bool, remat: bool
+) -> tuple[Any, Any]:
+    """Scans `body(carry, (weights, beside)) -> (carry, kept)` over a stack; returns the last carry and kept [L ...].
+
+    `layers` and `beside` lead with L.  A stack in parts is one scan after the other: what is trained in the last part
+    alone is not differentiated in those below it.  scan=False unrolls the layers; remat keeps only their inputs for the
+    backward pass, which computes the rest again.
+    """
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    parts, first, kept = layers if isinstance(layers, tuple) else (layers,), 0, []
+    for part in parts:
+        depth = len(jax.tree.leaves(part)[0])
+        own = beside if len(parts) == 1 else jax.tree.map(lambda x, n=first, m=first + depth: x[n:m], beside)
+        carry, found = jax.lax.scan(body, carry, (part, own), unroll=1 if scan else depth)
+        kept.append(found)
+        first += depth
+    return carry, kept[0] if len(kept) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *kept)
+
+
+def apart(params: Params, model: Model) -> Params:
+    """The weights with every layer a part of its own, copied once.
+
+    A loop over steps then reads each layer where it is.  Out of a stack it would copy all of them at every step.
+    """
+    split = {}
+    for stack, sites in model.sites.items():
+        layers = joined(params[model.layers(stack)])
+        split[model.layers(stack)] = tuple(
+            jax.tree.map(lambda x, n=number: x[n : n + 1], layers) for number in range(sites.layers)
+        )
+    return params | split
 
 
 class Attention(NamedTuple):

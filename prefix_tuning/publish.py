@@ -52,10 +52,10 @@ def save_adapter(
 
 def new_weights(frozen: Params, params: Params) -> bool:
     """Whether a method's `bind` made weights of its own rather than handing on the frozen ones."""
-    return any(
-        a is not b
-        for a, b in zip(*map(jax.tree.leaves, ({name: params[name] for name in frozen}, frozen)), strict=True)
-    )
+    own = {name: params[name] for name in frozen}
+    if jax.tree.structure(own) != jax.tree.structure(frozen):
+        return True
+    return any(a is not b for a, b in zip(*map(jax.tree.leaves, (own, frozen)), strict=True))
 
 
 # (frozen, key) -> trainable

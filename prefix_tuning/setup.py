@@ -106,7 +106,13 @@ def make_base(config: dict[str, Any]) -> Base:
     valid("model.dtype", config["model"].get("dtype", "float32"), loading.DTYPES)
     folder = loading.find_folder(resolve(config["model"]["name"]))
     # Unrolled layers take longer to compile and, on a CPU, less time to train: a loop copies what its derivative needs.
-    model = loading.read_model(folder, scan=config["model"].get("scan", True))
+    # Rematerialised ones are computed twice, and of the first time only their inputs are kept.
+    layers = {name: config["model"].get(name, usual) for name, usual in (("scan", True), ("remat", False))}
+    if layers["remat"] and not layers["scan"]:
+        raise UserError(
+            "model.remat=True saves nothing with model.scan=False, where XLA undoes it; expected one of them"
+        )
+    model = loading.read_model(folder, **layers)
     tokenizer = loading.load_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer; text cannot be read without")

@@ -17,9 +17,12 @@ from typing import Any, NamedTuple
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 Params = dict[str, Any]  # nested dicts of arrays; leaves under "layers" and "encoder_layers" lead with L
+# The weights of a stack, or parts of it from below, each of which leads with its own number of layers.
+Layers = Params | tuple[Params, ...]
 
 
 @flax.struct.dataclass
@@ -196,6 +199,7 @@ class Model(NamedTuple):
     # (params, tokens [P]) -> stack -> site -> the `KV` [L P K H] that each layer computes for them
     keys_values: Callable[[Params, Array], dict[str, dict[str, KV]]]
     pool: Callable[[Params, Array], Array] | None = None  # (params, hidden [... D] of the first token); None: as it is
+    scan: bool = True  # whether layers are scanned over, rather than unrolled
     start: int | None = None  # the token that the decoder of an encoder-decoder begins with
 
     @property
@@ -262,6 +266,11 @@ class TrainState:
     trainable: Params
     opt_state: Any
     key: Array  # never advanced: every step folds its own number in
+
+
+def joined(layers: Layers) -> Params:
+    """The weights of a stack [L ...], whose parts may lie apart."""
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *layers) if isinstance(layers, tuple) else layers
 
 
 def count(tree: Any) -> int:

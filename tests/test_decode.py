@@ -223,6 +223,15 @@ def test_prefix_equals_transformers_with_its_keys_and_values(twins, family, beam
     assert ours != run(generate, twin.params, prompts)
 
 
+@pytest.mark.parametrize(("family", "beams"), [("gpt2", 1), ("gemma2", 3)])
+def test_unrolled_layers_write_the_same(twins, family, beams):
+    twin, config = twins(family), options(num_beams=beams)
+    unrolled = models.build(twin.model.config, scan=False)
+    prompts, adaptation = random_prompts(twin.model.vocabulary, 5), adapted(random_prefix(twin.model, 0))
+    ours = [run(decode.make_generate(m, config), twin.params, prompts, adaptation) for m in (unrolled, twin.model)]
+    assert ours[0] == ours[1]
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_prefix_of_real_tokens_is_context(twins, beams):
     twin = twins("gpt2")

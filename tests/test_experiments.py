@@ -1,13 +1,15 @@
 """What the comparison of methods makes of finished runs and of data without a test split, and that with PEFT."""
 
 import json
+import os
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from experiments import compare, sides, sst2, style
+from experiments import bench, compare, in_turn, peft_side, sst2, style
 from prefix_tuning.data import pipeline
 from prefix_tuning.files import read_lines
 
@@ -111,13 +113,13 @@ def test_style_report_counts_answers(tmp_path):
 
 
 def test_batches_of_a_trainer_hold_every_row_once_an_epoch_in_another_order():
-    batches = list(sides.shuffled("abcdefg", 3, 2, seed=0))
+    batches = list(peft_side.shuffled("abcdefg", 3, 2, seed=0))
     assert [len(batch) for batch in batches] == [3, 3, 1] * 2
     first, second = ([row for batch in own for row in batch] for own in (batches[:3], batches[3:]))
     assert sorted(first) == sorted(second) == list("abcdefg")
     assert first != second
-    assert list(sides.shuffled("abcdefg", 3, 2, seed=0)) == batches
-    assert sides.padded([[1], [2, 3]], -100).tolist() == [[1, -100], [2, 3]]
+    assert list(peft_side.shuffled("abcdefg", 3, 2, seed=0)) == batches
+    assert peft_side.padded([[1], [2, 3]], -100).tolist() == [[1, -100], [2, 3]]
 
 
 def test_step_of_torch_clips_and_ends_at_a_learning_rate_of_0():
@@ -131,7 +133,7 @@ def test_step_of_torch_clips_and_ends_at_a_learning_rate_of_0():
             return SimpleNamespace(loss=self.weight * self.frozen * x)
 
     model, moved = Slope(), [2.0]
-    step = sides.torch_step(model, 2, learning_rate=0.5, clip=1.0)
+    step = peft_side.torch_step(model, 2, learning_rate=0.5, clip=1.0)
     for x in (3.0, 300.0, 3.0):  # without clipping the second would weigh down Adam's third
         assert step({"x": torch.tensor(x)}) == pytest.approx(moved[-1] * x)
         moved.append(model.weight.item())
@@ -147,7 +149,18 @@ def test_both_sides_read_the_same_tokens_and_labels():
     }
     assert {name: x.tolist() for name, x in sst2.peft_batch(examples).items()} == wanted
     ours = pipeline.collate([[examples[0]], [examples[1]], []], 5, 1)
-    assert {name: x.tolist() for name, x in sst2.same_batch(ours).items()} == wanted
+    assert {name: x.tolist() for name, x in peft_side.read_batch(ours, "classify").items()} == wanted
+
+
+def test_peft_reads_the_last_target_too_and_shifts_labels_itself():
+    pairs = [pipeline.Tokens([5, 6], [7, 8, 1]), pipeline.Tokens([9], [1])]
+    batch = pipeline.collate([[pair] for pair in pairs] + [[]], 6, 4)
+    found = peft_side.read_batch(batch, "lm")
+    assert {name: x.tolist() for name, x in found.items()} == {
+        "input_ids": [[5, 6, 7, 8, 1], [9, 1, 0, 0, 0]],
+        "attention_mask": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]],
+        "labels": [[-100, -100, 7, 8, 1], [-100, 1, -100, -100, -100]],
+    }
 
 
 def test_accuracy_of_the_other_side_is_over_all_sentences():
@@ -194,3 +207,52 @@ def test_table_of_both_sides():
         "| parameters trained | 1,234 | 1,234 | |",
     ]
     assert "accuracy after epoch 1, % | 80.00 | 82.00 |" in sst2.table(runs[:1])
+
+
+# --- Speed beside PEFT
+
+
+def test_worker_waits_answers_and_says_what_it_took(tmp_path):
+    (tmp_path / "side.py").write_text(
+        "import sys, time\nfrom experiments import in_turn\n"
+        "def add(a, b):\n    time.sleep(0.05)\n    return {'sum': a + b}\n"
+        "def leave():\n    sys.exit(3)\n"
+        "held = bytearray(b'x') * (64 << 20)\n"
+        "in_turn.serve({'add': add, 'leave': leave, 'memory': in_turn.host_memory}, sys.stdout)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with in_turn.Worker("side", environment=environment) as worker:
+        found = worker.ask("add", a=2, b=3)
+        assert found["sum"] == 5
+        assert found["seconds"] >= 0.05
+        memory = worker.ask("memory")
+        assert 64 < memory["peak"] < 256  # its own, whatever this process holds
+        assert memory["free"] > 0
+        with pytest.raises(RuntimeError, match="side ended with exit code 3 instead of answering to 'leave'"):
+            worker.ask("leave")
+
+
+def test_bench_table_says_how_much_faster_and_how_much_larger():
+    rate = bench.Row(
+        "greedy", "gpt2", 8, "tokens/s", {"PEFT": [9, 10, 99], "ours": [20, 1, 30]}, {"PEFT": 1000, "ours": 800}
+    )
+    time = bench.Row("start", "gpt2", 8, "s", {"PEFT": [9, 10], "ours": [5, 4]}, {"PEFT": 1000, "ours": 1500}, "same")
+    lines = bench.table([rate, time]).splitlines()[2:]
+    assert lines == [
+        "| greedy | gpt2 | 8 | tokens/s | 10 | 20 | 2.00 | 1,000 | 800 | 0.80 |  |",
+        "| start | gpt2 | 8 | s | 9.5 | 4.5 | 2.11 | 1,000 | 1,500 | 1.50 | same |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--parts=train,sing", "unknown --parts sing; valid: train, greedy, beam, classify, start"),
+        ("--model=gpt5", "unknown --model gpt5; valid: smollm2, gpt2, gpt2-medium, gpt2-large, bert, quickstart"),
+        ("--batch=8,all", "--batch has 'all'; expected sizes of at least 1, and largest"),
+    ],
+)
+def test_bench_refuses_what_it_does_not_know(flag, message):
+    bench.FLAGS.unparse_flags()
+    with pytest.raises(SystemExit, match=re.escape(f"error: {message}")):
+        bench.main(["bench", flag])

@@ -13,7 +13,7 @@ from prefix_tuning import setup
 from prefix_tuning.errors import UserError
 from prefix_tuning.methods import METHODS, compose, finetune, lora, prompt, ptuning
 from prefix_tuning.registry import named
-from prefix_tuning.types import Adaptation, count
+from prefix_tuning.types import Adaptation, Batch, count, joined
 
 BOTH = pytest.mark.parametrize("family", ["gpt2", "llama"])
 KEY = jax.random.key(0)
@@ -237,7 +237,7 @@ def test_top_layers_are_the_last_ones(twin):
     assert set(trainable) == {"layers"}
     moved = jax.tree.map(lambda x: x + 1, trainable)
     params = method.bind(frozen, moved)[0]
-    old, new = frozen["layers"]["o"]["kernel"], params["layers"]["o"]["kernel"]
+    old, new = frozen["layers"]["o"]["kernel"], joined(params["layers"])["o"]["kernel"]
     np.testing.assert_array_equal(new[:1], old[:1])
     np.testing.assert_allclose(new[1:], old[1:] + 1)
     np.testing.assert_array_equal(params["embedding"], frozen["embedding"])
@@ -245,6 +245,18 @@ def test_top_layers_are_the_last_ones(twin):
     assert set(with_embedding) == {"layers", "embedding", "norm"}
     assert set(make("finetune", top_layers=0, embedding=True).init(KEY, model, frozen)) == {"embedding", "norm"}
     assert set(make("finetune").init(KEY, model, frozen)) == set(frozen)
+
+
+def test_layers_below_the_top_ones_are_not_differentiated(twin):
+    _, _, model, frozen = twin("gpt2")
+    batch = Batch(*(jnp.ones((1, 4), jnp.int32) for _ in range(7)))
+    loops = {}
+    for name, options in (("top", {"top_layers": 1}), ("all", {})):
+        method = make("finetune", **options)
+        loss = lambda own, m=method: model.hidden(*m.bind(frozen, own), batch).sum()  # noqa: E731
+        traced = jax.make_jaxpr(jax.grad(loss))(method.init(KEY, model, frozen))
+        loops[name] = [eqn.params["length"] for eqn in traced.eqns if eqn.primitive.name == "scan"]
+    assert loops == {"top": [L - 1, 1, 1], "all": [L, L]}  # forwards, and backwards over what is trained
 
 
 def test_biases_are_those_that_are_there_or_new_ones(twin):

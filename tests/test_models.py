@@ -18,6 +18,7 @@ from conftest import (
     SLIDING,
     F,
     L,
+    P,
     T,
     V,
     batch_logits,
@@ -34,7 +35,7 @@ import prefix_tuning
 from prefix_tuning import models, nn
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import loading
-from prefix_tuning.types import Adaptation, Adapter, LayerHooks, count
+from prefix_tuning.types import KV, Adaptation, Adapter, LayerHooks, count
 
 MODELS = Path(os.environ.get("PREFIX_TUNING_MODELS", Path(__file__).parents[2] / "models"))
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}
@@ -201,6 +202,34 @@ def test_scan_is_loop(twin, family):
     )
     text = str(jax.make_jaxpr(loop.hidden)(frozen, adaptation, batch))
     assert f"unroll={L}" in text or "scan" not in text
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_rematerialised_layers_have_the_same_gradients_in_less_memory(family):
+    config = {"model_type": family, "vocab_size": V} | {
+        "gpt2": {"n_embd": 12, "n_head": 2, "n_layer": 6, "n_positions": 64},
+        "llama": {"hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": F}
+        | {"num_hidden_layers": 6, "max_position_embeddings": 64},
+        "bert": {"hidden_size": 12, "num_attention_heads": 2, "num_hidden_layers": 6, "intermediate_size": F}
+        | {"max_position_embeddings": 64, "type_vocab_size": 2},
+    }[family]
+    kept, again = (models.build(config, remat=remat) for remat in (False, True))
+    frozen = loading.initialise(jax.random.key(0), kept)
+    kv = KV(*np.random.default_rng(0).normal(size=(2, 6, P, 2, 6)).astype(np.float32))
+    batch = one_a_row([([1] * 40, [2] * 8)] * 4)
+    found = {}
+    for name, model in (("kept", kept), ("again", again)):
+
+        def loss(kv, frozen, batch, model=model):
+            adaptation = Adaptation(**{model.entry: LayerHooks(kv={"self": kv})})
+            return jnp.square(model.hidden(frozen, adaptation, batch)).sum()
+
+        gradient = jax.jit(jax.grad(loss)).lower(kv, frozen, batch).compile()
+        found[name] = gradient(kv, frozen, batch), gradient.memory_analysis().temp_size_in_bytes
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found["again"][0], found["kept"][0]
+    )
+    assert found["again"][1] < 0.75 * found["kept"][1]
 
 
 @pytest.mark.parametrize(("family", "prefixed"), [*((family, True) for family in LAYERS), ("llama", False)])

@@ -18,7 +18,7 @@ import transformers
 
 import prefix_tuning
 import run
-from prefix_tuning import models, progress, setup
+from prefix_tuning import compiled, models, progress, setup
 from prefix_tuning import train as loop
 from prefix_tuning.errors import UserError
 from prefix_tuning.files import read_lines
@@ -168,6 +168,13 @@ def test_layers_are_unrolled_on_request(folder, scan):
     read = jax.make_jaxpr(lambda frozen, batch: base.model.hidden(frozen, Adaptation(), batch))
     assert layers > 1
     assert f"unroll={1 if scan else layers}" in str(read(loading.abstract(base.model, "float32"), batch))
+
+
+def test_unrolled_layers_are_not_rematerialised(folder):
+    config = settings(folder)
+    config["model"] |= {"scan": False, "remat": True}
+    with pytest.raises(UserError, match=r"model\.remat=True saves nothing with model\.scan=False"):
+        setup.make_base(config)
 
 
 def test_the_same_command_again_shows_the_result(folder, finished):
@@ -461,3 +468,13 @@ def test_seeds_may_share_the_pairs_that_are_drawn(folder):
     assert pairs(1, 5) == pairs(2, 5)
     assert pairs(1, None) != pairs(2, None)
     assert pairs(1, 2) == pairs(2, None)
+
+
+def test_compiled_programs_are_kept_where_the_environment_says(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": "/home/me/cache"})
+    compiled.keep()
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    assert Path(folder).parent == Path("/home/me/cache/prefix_tuning")
+    os.environ["XDG_CACHE_HOME"] = "/elsewhere"
+    compiled.keep()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == folder  # what is set already goes first

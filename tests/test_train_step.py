@@ -12,9 +12,10 @@ import torch
 from conftest import B, L, P, T, one_a_row, packed, random_rows
 
 import prefix_tuning
-from prefix_tuning import parallel
+from prefix_tuning import models, parallel
 from prefix_tuning.errors import UserError
 from prefix_tuning.methods import METHODS
+from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.optimizer import make_optimizer
 from prefix_tuning.train_step import make_eval_step, make_train_step
@@ -285,6 +286,24 @@ def test_only_trainable_is_differentiated(setting):
     state = TrainState(jnp.int32(0), frozen, SGD.init(frozen), jax.random.key(1))
     jax.eval_shape(make_train_step(model, tuned, OBJECTIVES["lm"](None), SGD), {}, state, batch)
     assert calls  # so the watch works
+
+
+def test_a_step_costs_little_more_than_two_forward_passes():
+    """What is frozen is not differentiated: only what it computes is, which costs as much as computing it."""
+    shape = {"n_embd": 48, "n_head": 4, "n_layer": 3, "n_positions": 128, "vocab_size": 64}
+    model = models.build({"model_type": "gpt2"} | shape, scan=False)  # whose operations can be counted
+    frozen, method = loading.initialise(jax.random.key(0), model), METHODS["prefix"](None, length=P)
+    trainable, objective = method.init(jax.random.key(1), model, frozen), OBJECTIVES["lm"](None)
+    batch = one_a_row([([1] * 30, [2] * 30)] * 4)
+    state = TrainState(jnp.int32(0), trainable, SGD.init(trainable), jax.random.key(2))
+
+    def operations(function, *arguments):
+        return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+    step = make_train_step(model, method, objective, SGD)
+    whole = operations(step, frozen, state, jax.tree.map(lambda x: x[None], batch))
+    forward = operations(make_eval_step(model, method, objective), frozen, trainable, batch)
+    assert 1.5 * forward < whole < 2.2 * forward
 
 
 def test_dropout_differs_on_every_device_micro_batch_and_step(setting):

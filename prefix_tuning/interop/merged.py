@@ -11,7 +11,7 @@ from prefix_tuning.errors import UserError
 from prefix_tuning.files import guarded
 from prefix_tuning.interop import peft
 from prefix_tuning.models import loading
-from prefix_tuning.types import Adaptation, Delta, LayerHooks, Model, Params, Projection
+from prefix_tuning.types import Adaptation, Delta, LayerHooks, Model, Params, Projection, joined
 
 
 def merge(model: Model, params: Params, adaptation: Adaptation) -> tuple[Model, Params]:
@@ -36,7 +36,7 @@ def merge_stack(model: Model, params: Params, stack: str, hooks: LayerHooks) -> 
     """`merge` for one stack of layers."""
     own = model.layers(stack)
     # New dicts, so that nothing is written into the tree that was given.
-    layers = jax.tree.map(lambda x: x, jax.device_get(params[own]))
+    layers = jax.tree.map(lambda x: x, jax.device_get(joined(params[own])))
     if hooks.bias and not all("bias" in layers[site] for site in hooks.bias):
         flags = getattr(models.MODELS[model.config["model_type"]], "BIASED", None)
         if flags is None:

@@ -11,6 +11,7 @@ from prefix_tuning.types import Adaptation, LayerHooks, Method, Model, Params
 
 # What goes with the top layers; for GPT-2 wte and ln_f.
 OUTSIDE = ("embedding", "unembedding", "norm", "encoder_norm", "pooler")
+STACKS = ("layers", "encoder_layers")
 BUFFERS = ("logits_buffer",)  # no parameters to PyTorch either
 
 
@@ -89,13 +90,21 @@ def new_biases(model: Model) -> Params:
 
 
 def replaced(frozen: Params, trainable: Params) -> Params:
-    """The frozen tree with trained leaves in their places, in its dtype; one with fewer layers is of the top ones."""
+    """The frozen tree with trained leaves in their places, in its dtype; fewer layers than it has are the top ones."""
     merged = dict(frozen)
     for name, new in trainable.items():
         old = frozen[name]
-        if isinstance(new, dict):
-            merged[name] = replaced(old, new)
+        if not isinstance(new, dict):
+            merged[name] = new.astype(old.dtype)
+        elif name in STACKS and (below := depth(old) - depth(new)):
+            # Parts of the stack, so that nothing is differentiated in the layers below.
+            parts = jax.tree.map(lambda x, n=below: x[:n], old), jax.tree.map(lambda x, n=below: x[n:], old)
+            merged[name] = parts[0], replaced(parts[1], new)
         else:
-            new = new.astype(old.dtype)
-            merged[name] = new if new.shape == old.shape else jnp.concatenate([old[: len(old) - len(new)], new])
+            merged[name] = replaced(old, new)
     return merged
+
+
+def depth(layers: Params) -> int:
+    """How many layers a stack has."""
+    return len(jax.tree.leaves(layers)[0])

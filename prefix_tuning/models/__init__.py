@@ -40,10 +40,10 @@ MODELS = {
 }
 
 
-def build(config: dict[str, Any], *, scan: bool = True) -> Model:
+def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for an unsupported family or variant."""
     kind = valid("model_type", config.get("model_type"), MODELS)
     try:
-        return MODELS[kind].build(config, scan=scan)
+        return MODELS[kind].build(config, scan=scan, remat=remat)
     except KeyError as missing:
         raise UserError(f"config.json of a {kind} model lacks {missing}") from missing

@@ -76,7 +76,7 @@ def weights(config: dict[str, Any]) -> Params:
     }
 
 
-def build(config: dict[str, Any], *, scan: bool = True) -> Model:
+def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for a variant whose arithmetic differs."""
     if not config.get("tie_word_embeddings", True):
         raise UserError("bart with tie_word_embeddings=false is not supported; expected true")
@@ -147,4 +147,5 @@ def build(config: dict[str, Any], *, scan: bool = True) -> Model:
         vocabulary=config["vocab_size"],
         max_positions=config["max_position_embeddings"],
         scan=scan,
+        remat=remat,
     )

@@ -126,7 +126,9 @@ def projections(config: dict[str, Any]) -> dict[str, Projection]:
     return {name: Projection(*shape, weight=name) for name, shape in shapes.items()}
 
 
-def build(config: dict[str, Any], *, scan: bool = True, names: Names = BERT, first_position: int = 0) -> Model:
+def build(
+    config: dict[str, Any], *, scan: bool = True, remat: bool = False, names: Names = BERT, first_position: int = 0
+) -> Model:
     """A `Model` from the contents of config.json; `first_position` is the row of the position table for position 0.
 
     Raises `UserError` for an unknown activation and for a variant whose arithmetic differs.
@@ -189,4 +191,5 @@ def build(config: dict[str, Any], *, scan: bool = True, names: Names = BERT, fir
         vocabulary=config["vocab_size"],
         max_positions=config["max_position_embeddings"] - first_position,
         scan=scan,
+        remat=remat,
     )

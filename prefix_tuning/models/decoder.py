@@ -51,6 +51,7 @@ def build(
     how: nn.Attention = nn.PLAIN,
     kinds: Params | None = None,
     scan: bool = True,
+    remat: bool = False,
 ) -> Model:
     """Makes a `Model` of one stack of causal layers; scan=False unrolls them, for debugging and counting operations.
 
@@ -60,11 +61,12 @@ def build(
     """
     all_sites = {"decoder": sites}
 
-    def stack(params: Params) -> Params:
-        return params["layers"] | (kinds or {})
+    def over_layers(body: Callable, carry: Any, params: Params, *beside: Any) -> tuple[Any, Any]:
+        def one(carry, inputs):
+            weights, (kinds, *beside) = inputs
+            return body(carry, (weights | kinds, *beside))
 
-    def over_layers(body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
-        return jax.lax.scan(body, carry, xs, unroll=1 if scan else sites.layers)
+        return nn.over_layers(one, carry, params["layers"], (kinds or {}, *beside), scan=scan, remat=remat)
 
     def start(params: Params, adaptation: Adaptation, tokens: Array, positions: Array) -> Stream:
         """Tokens [B T] as embeddings at their positions; ids from V on are rows of the adaptation."""
@@ -124,7 +126,7 @@ def build(
             x, attended = one(weights, hooks, stream, mask, before, as_they_are)
             return (stream._replace(x=x), prompt), keep(attended, mask)
 
-        (stream, _), kept = over_layers(body, (stream, prompt), (stack(params), adaptation.decoder))
+        (stream, _), kept = over_layers(body, (stream, prompt), params, adaptation.decoder)
         return layer.norm(params, stream.x), kept
 
     def hidden(params: Params, adaptation: Adaptation, batch: Batch) -> Array:
@@ -157,7 +159,7 @@ def build(
         # The cache is carried, not scanned over: XLA then writes the new slot in place instead of copying every layer.
         def body(carry, inputs):
             x, keys, values = carry
-            number, weights, hooks, before = inputs
+            weights, number, hooks, before = inputs
 
             def store(k, v):
                 nonlocal keys, values
@@ -168,8 +170,8 @@ def build(
             x, _ = one(weights, hooks, stream._replace(x=x), mask, before, store)
             return (x, keys, values), None
 
-        inputs = (jnp.arange(sites.layers), stack(params), adaptation.decoder, cache.prompt)
-        (x, k, v), _ = over_layers(body, (stream.x, cache.k, cache.v), inputs)
+        beside = (jnp.arange(sites.layers), adaptation.decoder, cache.prompt)
+        (x, k, v), _ = over_layers(body, (stream.x, cache.k, cache.v), params, *beside)
         logits = layer.unembed(params, layer.norm(params, x)[:, 0])
         return logits, cache.replace(k=k, v=v, valid=valid, slot=cache.slot + 1, position=cache.position + 1)
 
@@ -196,6 +198,7 @@ def build(
     return Model(
         config=config,
         sites=all_sites,
+        scan=scan,
         specs=specs,
         vocabulary=vocabulary,
         max_positions=max_positions,

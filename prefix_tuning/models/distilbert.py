@@ -30,7 +30,7 @@ CALLED = {
 }
 
 
-def build(config: dict[str, Any], *, scan: bool = True) -> Model:
+def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` as BERT's does."""
     sizes = {ours: config[theirs] for ours, theirs in CALLED.items()}
-    return bert.build(config | sizes, scan=scan, names=NAMES)._replace(config=config)
+    return bert.build(config | sizes, scan=scan, remat=remat, names=NAMES)._replace(config=config)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -42,6 +41,7 @@ class Reader(NamedTuple):
     layers: str  # the name of its layers among the weights
     how: nn.Attention
     scan: bool
+    remat: bool
 
     def start(
         self,
@@ -88,8 +88,7 @@ class Reader(NamedTuple):
             attended = nn.attend_hooked(q, k, v, mask, own, "self", how=self.how, bias=bias)
             return self.layer.combine(weights, own, x, attended), keep(q, KV(k, v), own, mask)
 
-        unroll = 1 if self.scan else self.sites["encoder"].layers
-        x, kept = jax.lax.scan(body, text.x, (params[self.layers], hooks), unroll=unroll)
+        x, kept = nn.over_layers(body, text.x, params[self.layers], hooks, scan=self.scan, remat=self.remat)
         return self.layer.norm(params, x), kept
 
 
@@ -104,12 +103,13 @@ def build(
     vocabulary: int,
     max_positions: int | None,
     scan: bool = True,
+    remat: bool = False,
 ) -> Model:
     """Makes a `Model` of one stack of layers that see both ways within a segment; scan=False unrolls them.
 
     `pool` and `unembed` are those of `Model`.  It reads and does not write: `prefill` and `decode` raise `UserError`.
     """
-    reader = Reader(layer, {"encoder": sites}, vocabulary, "layers", nn.PLAIN, scan)
+    reader = Reader(layer, {"encoder": sites}, vocabulary, "layers", nn.PLAIN, scan, remat)
 
     def full(params: Params, adaptation: Adaptation, batch: Batch, keep: Callable) -> tuple[Array, Any]:
         """Hidden states [B T D] of the tokens, and what is kept of each layer."""
@@ -145,6 +145,7 @@ def build(
     return Model(
         config=config,
         sites=reader.sites,
+        scan=scan,
         specs=specs,
         vocabulary=vocabulary,
         max_positions=max_positions,

@@ -12,7 +12,7 @@ from prefix_tuning.types import Model, Params
 IGNORED = llama.IGNORED
 
 
-def build(config: dict[str, Any], *, scan: bool = True) -> Model:
+def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for what Llama refuses, and for attention
     to later tokens."""
     kind = config["model_type"]
@@ -40,7 +40,7 @@ def build(config: dict[str, Any], *, scan: bool = True) -> Model:
         attention=nn.Attention(config["query_pre_attn_scalar"] ** -0.5, cap),
         kinds=kinds,
     )
-    return llama.build_variant(config, variant, scan=scan)
+    return llama.build_variant(config, variant, scan=scan, remat=remat)
 
 
 def frequencies(config: dict[str, Any], types: list[str]) -> Params:

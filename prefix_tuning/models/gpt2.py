@@ -68,7 +68,7 @@ def projections(config: dict[str, Any]) -> dict[str, Projection]:
     }
 
 
-def build(config: dict[str, Any], *, scan: bool = True) -> Model:
+def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for a variant whose arithmetic differs."""
     for flag, usual in (
         ("scale_attn_weights", True),
@@ -121,4 +121,5 @@ def build(config: dict[str, Any], *, scan: bool = True) -> Model:
         vocabulary=config["vocab_size"],
         max_positions=config["n_positions"],
         scan=scan,
+        remat=remat,
     )

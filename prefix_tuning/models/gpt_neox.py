@@ -65,7 +65,7 @@ def projections(config: dict[str, Any]) -> dict[str, Projection]:
     return {name: Projection(*shape, weight=name) for name, shape in shapes.items()}
 
 
-def build(config: dict[str, Any], *, scan: bool = True) -> Model:
+def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for an unknown activation or rotary scaling."""
     K, H = config["num_attention_heads"], config["hidden_size"] // config["num_attention_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -114,4 +114,5 @@ def build(config: dict[str, Any], *, scan: bool = True) -> Model:
         vocabulary=config["vocab_size"],
         max_positions=config["max_position_embeddings"],
         scan=scan,
+        remat=remat,
     )

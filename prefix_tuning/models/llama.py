@@ -139,13 +139,13 @@ def windows(types: list[str], window: int | None) -> Params:
     return {"window": np.array([window if kind == SLIDING else unbounded for kind in types], np.int32)}
 
 
-def build(config: dict[str, Any], *, scan: bool = True) -> Model:
+def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for an unknown activation or rotary scaling."""
     mlp = ("gate", "up", "down") if config.get("mlp_bias") else ()
-    return build_variant(config, Variant(biased=(*attention_biases(config), *mlp)), scan=scan)
+    return build_variant(config, Variant(biased=(*attention_biases(config), *mlp)), scan=scan, remat=remat)
 
 
-def build_variant(config: dict[str, Any], variant: Variant, *, scan: bool = True) -> Model:
+def build_variant(config: dict[str, Any], variant: Variant, *, scan: bool = True, remat: bool = False) -> Model:
     """`build` for a relative."""
     K, G, H = head_shape(config)
     kinds = variant.kinds or {}
@@ -210,4 +210,5 @@ def build_variant(config: dict[str, Any], variant: Variant, *, scan: bool = True
         how=variant.attention,
         kinds=kinds,
         scan=scan,
+        remat=remat,
     )

@@ -66,12 +66,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_model(folder: Path, *, scan: bool = True) -> Model:
+def read_model(folder: Path, *, scan: bool = True, remat: bool = False) -> Model:
     """The model that a folder holds, its `specs` without the optional weights that its files lack; reads no weight.
 
-    scan=False unrolls its layers.  Raises `UserError` as `read_config` and `models.build` do.
+    scan=False unrolls its layers, remat computes them again for their derivatives.  Raises `UserError` as `read_config`
+    and `models.build` do.
     """
-    model = models.build(read_config(folder), scan=scan)
+    model = models.build(read_config(folder), scan=scan, remat=remat)
     optional = {path: spec for path, spec in paths(model.specs) if spec.optional}
     if not optional:
         return model

@@ -9,7 +9,7 @@ from prefix_tuning.types import Model
 IGNORED = llama.IGNORED
 
 
-def build(config: dict[str, Any], *, scan: bool = True) -> Model:
+def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for what Llama refuses."""
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     first = config.get("max_window_layers", 28)
@@ -20,4 +20,4 @@ def build(config: dict[str, Any], *, scan: bool = True) -> Model:
         head_norms=third,
         kinds=llama.windows(types, window),
     )
-    return llama.build_variant(config, variant, scan=scan)
+    return llama.build_variant(config, variant, scan=scan, remat=remat)

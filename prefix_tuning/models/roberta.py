@@ -14,6 +14,6 @@ NAMES = bert.BERT._replace(
 IGNORED = (*bert.IGNORED, r"lm_head\.decoder\.(weight|bias)")
 
 
-def build(config: dict[str, Any], *, scan: bool = True) -> Model:
+def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` as BERT's does."""
-    return bert.build(config, scan=scan, names=NAMES, first_position=config.get("pad_token_id", 1) + 1)
+    return bert.build(config, scan=scan, remat=remat, names=NAMES, first_position=config.get("pad_token_id", 1) + 1)

@@ -53,6 +53,7 @@ def build(
     how: nn.Attention = nn.PLAIN,
     bias: Bias = lambda *_: None,
     scan: bool = True,
+    remat: bool = False,
 ) -> Model:
     """Makes a `Model` of an encoder and a decoder; scan=False unrolls their layers.
 
@@ -62,10 +63,9 @@ def build(
     if config.get("decoder_start_token_id") is None:
         raise UserError(f"config.json of a {config['model_type']} model lacks decoder_start_token_id")
     start = config["decoder_start_token_id"]
-    reader = encoder.Reader(reading, sites, vocabulary, "encoder_layers", how, scan)
+    reader = encoder.Reader(reading, sites, vocabulary, "encoder_layers", how, scan, remat)
 
-    def over_layers(body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
-        return jax.lax.scan(body, carry, xs, unroll=1 if scan else sites["decoder"].layers)
+    over_layers = functools.partial(nn.over_layers, scan=scan, remat=remat)
 
     def read(
         params: Params, adaptation: Adaptation, tokens: Array, positions: Array, segments: Array, keep: Callable
@@ -130,7 +130,7 @@ def build(
             return x, keep(seen)
 
         x = writing.place(params, reading.embed(params, batch.tokens), batch.positions + moved)
-        x, kept = over_layers(body, x, (params["layers"], adaptation.decoder))
+        x, kept = over_layers(body, x, params["layers"], adaptation.decoder)
         return writing.norm(params, x), kept, kept_read
 
     def hidden(params: Params, adaptation: Adaptation, batch: Batch) -> Array:
@@ -144,7 +144,7 @@ def build(
         segments = (positions < lengths[:, None]).astype(jnp.int32)
         states, segments, _ = read(params, adaptation, tokens, positions, segments, lambda *_: None)
         offer = lambda _, inputs: (None, offered(*inputs, states))  # noqa: E731
-        _, cross = over_layers(offer, None, (params["layers"], adaptation.decoder))
+        _, cross = over_layers(offer, None, params["layers"], adaptation.decoder)
         layers, (heads, size) = sites["decoder"].layers, sites["decoder"].kv["self"]
         empty = jnp.zeros((layers, rows, slots, heads, size), states.dtype)
         cache = Cache(
@@ -168,7 +168,7 @@ def build(
 
         def body(carry, inputs):
             x, keys, values = carry
-            number, weights, hooks, cross = inputs
+            weights, (number, hooks, cross) = inputs
 
             def store(k, v):
                 nonlocal keys, values
@@ -180,8 +180,8 @@ def build(
             return (x, keys, values), None
 
         x = writing.place(params, reading.embed(params, tokens[:, None]), moved + cache.position[:, None])
-        inputs = (jnp.arange(sites["decoder"].layers), params["layers"], adaptation.decoder, cache.cross)
-        (x, k, v), _ = over_layers(body, (x, cache.k, cache.v), inputs)
+        inputs = (jnp.arange(sites["decoder"].layers), adaptation.decoder, cache.cross)
+        (x, k, v), _ = over_layers(body, (x, cache.k, cache.v), params["layers"], inputs)
         logits = writing.unembed(params, writing.norm(params, x)[:, 0])
         return logits, cache.replace(k=k, v=v, valid=valid, slot=cache.slot + 1, position=cache.position + 1)
 
@@ -233,6 +233,7 @@ def build(
     return Model(
         config=config,
         sites=sites,
+        scan=scan,
         specs=specs,
         vocabulary=vocabulary,
         max_positions=max_positions,

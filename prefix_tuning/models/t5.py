@@ -114,7 +114,7 @@ def bucket(distance: Array, *, both_ways: bool, buckets: int, farthest: int) -> 
     return first + jnp.where(distance < exact, distance, wide)
 
 
-def build(config: dict[str, Any], *, scan: bool = True) -> Model:
+def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for an unknown activation and for a decoder."""
     if config.get("is_decoder"):
         raise UserError(f"{config['model_type']} with is_decoder=true is not supported; expected false")
@@ -206,4 +206,5 @@ def build(config: dict[str, Any], *, scan: bool = True) -> Model:
         how=nn.Attention(scale=1.0),
         bias=bias,
         scan=scan,
+        remat=remat,
     )
