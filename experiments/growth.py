@@ -6,7 +6,8 @@ prints, for SmolLM2-135M's shape, how operations and memory grow with the prefix
 number of prefixes that train at once; and the largest batch of 1,024 tokens that fits beside 1B, 8B and 70B bases on
 one H200, on eight, and on a TPU v5e pod.  Three things are counted: the weights, in bfloat16; what is trained with
 Adam's two moments, in float32; and what the backward pass reads again (JAX's own residuals of the forward pass, for
-every layer).  Operations are XLA's count of the step with its layers unrolled.
+every layer; with `model.remat` each layer's input, and one layer's residuals).  A tenth of a device's memory is left
+free.  Operations are XLA's count of the step with its layers unrolled.
 """
 
 import math
@@ -16,13 +17,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from configs import common
-from prefix_tuning import models, setup
+from prefix_tuning import models, parallel, setup
 from prefix_tuning.methods import METHODS
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.registry import named
 from prefix_tuning.train_step import make_train_step
-from prefix_tuning.types import Batch, Method, Model, TrainState
+from prefix_tuning.types import Batch, Method, Model, Spec, TrainState
 
 GIB = 2**30
 RESERVE = 0.1  # of a device's memory, for what XLA holds beside what is counted
@@ -48,7 +48,7 @@ BASES = {
 }
 SMALL = llama(30, 576, 9, 1536, tie_word_embeddings=True, num_key_value_heads=3, vocab_size=49_152)
 FITTED = {
-    "prefix": {"length": 100, "init": "random", "text": None},
+    "prefix": {"length": 100, "init": "random"},
     "lora": {"rank": 8},
     "finetune": {},
 }
@@ -104,8 +104,8 @@ def rows(batch: int, length: int) -> Batch:
 
 
 def made(name: str, options: dict[str, Any]) -> Method:
-    """A method by name, with what differs from its usual options."""
-    return named("method", METHODS, common.method(name, **{name: options}).to_dict(), None)
+    """A method by name."""
+    return named("method", METHODS, {"name": name, **options}, None)
 
 
 OBJECTIVE = named("objective", OBJECTIVES, {"name": "lm", "normalisation": "token"}, None)
@@ -133,7 +133,7 @@ def cost(model: Model, method: Method, batch: Batch, dtype: str = "bfloat16") ->
 def operations(point: Point, *, forward: bool = False) -> float:
     """XLA's count of a train step's floating-point operations, or of its forward pass alone."""
     model = models.build(SMALL | {"num_hidden_layers": point.layers}, scan=False)
-    method = made("prefix", {"length": point.prefix, "init": "random", "text": None})
+    method = made("prefix", {"length": point.prefix, "init": "random"})
     frozen, trainable = setup.abstract_frozen(method, model), setup.abstract_trainable(method, model)
     batch = rows(point.batch, point.length)
     if forward:
@@ -154,7 +154,7 @@ def operations(point: Point, *, forward: bool = False) -> float:
 def at(point: Point) -> Cost:
     """What a step of SmolLM2-135M's shape needs."""
     model = models.build(SMALL | {"num_hidden_layers": point.layers})
-    method = made("prefix", {"length": point.prefix, "init": "random", "text": None})
+    method = made("prefix", {"length": point.prefix, "init": "random"})
     one = cost(model, method, rows(point.batch, point.length))
     return Cost(one.weights, point.population * one.state, point.population * one.kept)
 
@@ -172,29 +172,42 @@ def growth() -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def largest(model: Model, method: Method, length: int, devices: int, memory: float) -> tuple[Cost, int]:
-    """The bytes of a row, and how many rows fit when weights and state are spread over the devices, and rows too.
+def held(specs: Any, devices: int) -> int:
+    """Bytes of bfloat16 weights on each of so many devices, as `parallel=sharded` splits them over a data axis."""
+    sizes = {parallel.AXIS: devices, parallel.MODEL: 1}
+    total = 0
+    for spec in jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, Spec)):
+        split = parallel.partition(spec.axes, spec.shape, sizes)
+        total += 2 * math.prod(spec.shape) // math.prod(sizes[axis] for axis in split if axis)
+    return total
+
+
+def largest(config: dict[str, Any], row: Cost, devices: int, memory: float) -> int:
+    """How many rows fit when the weights and what is trained like them are spread over the devices, and rows too.
 
     A layer's weights are gathered whole while it computes, and the next one's meanwhile.
     """
-    row = cost(model, method, rows(1, length))
-    gathered = 0 if devices == 1 else 2 * row.weights // next(iter(model.sites.values())).layers
-    free = memory * (1 - RESERVE) - (row.weights + row.state) / devices - gathered
-    return row, devices * max(0, int(free // row.kept))
+    specs = models.build(config).specs
+    weights = held(specs, devices)
+    state = row.state * weights // row.weights if row.state > row.weights else row.state  # copies of weights, or small
+    gathered = 0 if devices == 1 else 2 * row.weights // config["num_hidden_layers"]
+    free = memory * (1 - RESERVE) - weights - state - gathered
+    return devices * max(0, int(free // row.kept))
 
 
 def fits(length: int = 1024) -> str:
     """A line for each base and method: bytes, and the largest batch on each kind of device."""
-    lines = [["base", "method", "weights GiB", "trained, Adam GiB", "kept GiB a row", *DEVICES]]
+    lines = [["base", "method", "`model.remat`", "weights GiB", "trained, Adam GiB", "kept GiB a row", *DEVICES]]
     lines.append(["---"] * len(lines[0]))
     for base, config in BASES.items():
-        model = models.build(config)
         for name, options in FITTED.items():
-            method = made(name, options)
-            found = [largest(model, method, length, *device) for device in DEVICES.values()]
-            row = found[0][0]
-            gib = [f"{number / GIB:,.3g}" for number in row]
-            lines.append([base, name, *gib, *(f"{batch:,} rows" if batch else "-" for _, batch in found)])
+            method, layers = made(name, options), config["num_hidden_layers"]
+            plain, saved = (cost(models.build(config, remat=remat), method, rows(1, length)) for remat in (False, True))
+            saved = saved._replace(kept=saved.kept + plain.kept // layers)  # a layer's at a time comes again
+            for remat, row in ((False, plain), (True, saved)):
+                found = [largest(config, row, *device) for device in DEVICES.values()]
+                gib = [f"{number / GIB:,.3g}" for number in row]
+                lines.append([base, name, str(remat), *gib, *(f"{batch:,} rows" if batch else "-" for batch in found)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

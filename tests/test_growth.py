@@ -1,0 +1,70 @@
+"""What a step costs is counted from shapes; what is counted must be what is compiled."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import growth
+from prefix_tuning import models, parallel, setup
+from prefix_tuning.models import loading
+from prefix_tuning.train_step import make_train_step
+from prefix_tuning.types import TrainState
+
+SIZES = {"vocab_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": True}
+TINY = growth.llama(3, 32, 4, 48, **SIZES)
+PREFIX = growth.made("prefix", {"length": 5, "init": "random"})
+
+
+@pytest.mark.parametrize("name", ["prefix", "finetune"])
+def test_weights_and_state_are_what_a_compiled_step_takes(name):
+    model = models.build(TINY)
+    method = PREFIX if name == "prefix" else growth.made("finetune", {})
+    batch = growth.rows(2, 12)
+    found = growth.cost(model, method, batch)
+    frozen, trainable = setup.abstract_frozen(method, model, "bfloat16"), setup.abstract_trainable(method, model)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    opt_state = jax.eval_shape(growth.TX.init, trainable)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, opt_state, key)
+    micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch)
+    step = jax.jit(make_train_step(model, method, growth.OBJECTIVE, growth.TX), keep_unused=True)
+    taken = step.lower(frozen, state, micro).compile().memory_analysis().argument_size_in_bytes
+    beside = growth.size(micro) + 4 + 8  # the number of the step, and a key
+    assert found.weights + found.state + beside == taken
+    trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+    assert found.state == 3 * 4 * trained + 4  # float32: it, and Adam's two moments, and Adam's own count
+
+
+def test_what_is_kept_grows_with_rows_and_layers_and_less_if_layers_are_rematerialised():
+    def kept(rows, layers, **how):
+        model = models.build(TINY | {"num_hidden_layers": layers}, **how)
+        return growth.cost(model, PREFIX, growth.rows(rows, 12)).kept
+
+    assert kept(4, 3) == pytest.approx(2 * kept(2, 3), rel=0.01)
+    layer = kept(2, 4) - kept(2, 3)
+    assert layer == pytest.approx(kept(2, 5) - kept(2, 4), rel=0.01)
+    assert layer > 2 * 12 * 48 * 2 * 3  # the MLP's three activations alone
+    saved = kept(2, 4, remat=True) - kept(2, 3, remat=True)
+    assert 2 * 12 * 32 * 2 <= saved < layer / 3  # a layer's input, in bfloat16, and little else
+
+
+def test_shards_are_those_of_the_layout():
+    specs = models.build(TINY).specs
+    layout = parallel.make(specs, "sharded", {"data": 8, "model": 1})
+    assert growth.held(specs, 8) == layout.held(loading.abstract(models.build(TINY), "bfloat16"))
+    assert growth.held(specs, 8) < growth.held(specs, 1) / 6
+
+
+def test_as_many_rows_fit_as_leave_room_for_the_rest():
+    row = growth.Cost(weights=2 * 10**6, state=100, kept=1000)
+    weights = growth.held(models.build(TINY).specs, 1)
+    memory = (weights + 100 + 5500) / (1 - growth.RESERVE)
+    assert growth.largest(TINY, row, 1, memory) == 5
+    assert growth.largest(TINY, row, 1, weights) == 0
+
+
+def test_operations_are_counted_over_all_layers_and_prefixes():
+    point = growth.Point(batch=1, length=16, layers=2)
+    one, more = growth.operations(point), growth.operations(point._replace(layers=4))
+    assert more > one
+    assert growth.operations(point._replace(population=3)) == 3 * one
+    assert 1.5 < one / growth.operations(point, forward=True) <= 2.2
