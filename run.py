@@ -467,13 +467,13 @@ def main(arguments: list[str]) -> int:
             traceback.print_exc()
             code = 1
         else:
-            code = fail(lost or error)
+            code = 1 if lost else fail(error)  # `leave` says what is lost
     if hosts is not None:
-        hosts.leave(code, gone=bool(lost))
+        hosts.leave(code, lost)
     return code
 
 
-def fail(error: Exception | str) -> int:
+def fail(error: Exception) -> int:
     """Prints an error as one line."""
     text = str(error.args[0]) if isinstance(error, KeyError) else str(error)  # a KeyError quotes its message
     text = " ".join(text.split()) or type(error).__name__

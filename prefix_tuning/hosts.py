@@ -231,20 +231,22 @@ def lost(error: BaseException | None) -> str | None:
     return None
 
 
-def leave(code: int, *, gone: bool = False) -> None:
-    """Ends this process's part in the run: when all have come to their ends, or at once if one is `gone`.
+def leave(code: int, lost: str | None = None) -> None:
+    """Ends this process's part in the run: when all have come to their ends, or at once, saying it, if one is `lost`.
 
     With an exit code other than 0 the others may not know yet; after `LEAVE` seconds this process ends and they will.
     """
     if count() == 1:
         return
     sys.stdout.flush()
+    if lost:
+        say_at_death(f"error: {lost}")  # behind all that JAX's own threads still print
+        os._exit(code)
     if code:
         say_at_death("")
-        if not gone:
-            meeting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-            meeting.start()
-            meeting.join(LEAVE)
+        meeting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        meeting.start()
+        meeting.join(LEAVE)
         os._exit(code)  # not by the interpreter's end, where JAX would wait for a process that does not come
     jax.distributed.shutdown()
     say_at_death("")

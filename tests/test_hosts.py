@@ -82,9 +82,7 @@ try:
     while True:
         hosts.gather(None)
 except Exception as error:
-    lost = hosts.lost(error)
-    print("error:", lost, file=sys.stderr)
-    hosts.leave(1, gone=bool(lost))
+    hosts.leave(1, hosts.lost(error))
 """
 
 
@@ -196,6 +194,7 @@ def test_processes_meet_and_end_together(tmp_path, environment):
         assert one["rounds"] == 3
         assert one["stopped"] == [8, 128 + signal.SIGTERM]
     assert processes[0].returncode == -signal.SIGKILL
+    assert ends[0][1].splitlines()[-1].startswith("error: process 0 of 4 was killed, or ended by JAX ")
     for process, (_, err) in list(zip(processes, ends, strict=True))[1:]:
         assert process.returncode not in (0, None)
         assert err.splitlines()[-1].startswith("error: process ")
