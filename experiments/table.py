@@ -295,11 +295,18 @@ def number(value: float | None, column: Column, signed: bool = False) -> str:
 def markdown(name: str, table: Table, lines: Sequence[Line], differing: Sequence[str]) -> str:
     """The table: for each row the published numbers, ours, and the difference from the first published version."""
     shown = columns(table)
-    text = [f"# {table.title}", "", f"{table.source}.", "", f"**{setting(differing)}**", ""]
+    text = [
+        f"# {table.title}",
+        "",
+        f"{table.source[0].upper()}{table.source[1:]}.",
+        "",
+        f"**{setting(differing)}**",
+        "",
+    ]
     if table.shape:
         text += [f"Published: {table.shape}", ""]
     arrows = [f"{column.label} {'↓' if column.lower else ''}".strip() for column in shown]
-    cells = [["row", "", *arrows, "seeds"], ["---"] * (len(shown) + 3)]
+    cells = [["row", "", *arrows, "seeds"], ["---"] * (len(shown) + 3)]  # the second is whose numbers they are
     for line in lines:
         first = line.row.label
         for version, numbers in line.row.published.items():
@@ -321,6 +328,8 @@ def markdown(name: str, table: Table, lines: Sequence[Line], differing: Sequence
         if line.row.published:
             gaps = [number(gap, column, signed=True) for gap, column in zip(against(line), shown, strict=True)]
             cells.append(["", f"ours - {next(iter(line.row.published))}", *gaps, ""])
+    if not table.versions:
+        cells = [[label, *rest] for label, _, *rest in cells]
     text += ["| " + " | ".join(row) + " |" for row in cells]
     text += ["", "Ours is the mean over seeds ± their standard deviation; ↓: lower is better; -: no number."]
     idle = [line.row.label for line in lines if not line.finished]
