@@ -140,7 +140,7 @@ def test_a_step_is_that_of_one_device(made, family, parts):
     body = make_train_step(model, method, objective, tx)
     batch = batch_for(model, range(V, V + P) if "rows" in method.template else ())
     frozen = method.prepare(jax.random.key(0), model, host)
-    trainable = jax.jit(lambda key: method.init(key, model, frozen))(jax.random.key(1))
+    trainable = method.init(jax.random.key(1), model, frozen)
     before = jax.tree.map(np.array, trainable)  # placing a state may share its buffers, and a step takes them away
     state = TrainState(jnp.int32(0), trainable, tx.init(trainable), jax.random.key(2))
     one, sums = jax.jit(body)(frozen, state, Batch(**{n: x.reshape(2, 4, *x.shape[1:]) for n, x in batch.items()}))
