@@ -202,10 +202,11 @@ def batches(subject: Subject, folder: Path, count: int) -> tuple[list[Path], lis
     random = peft_side.shuffled(examples, settings["batch_size"], 1, 0)
     found = []
     for name, side in (("theirs", map(alone, random)), ("ours", stream.batches(0))):
-        files = [folder / f"{name}_{number}.npz" for number in range(count)]
-        for file, batch in zip(files, side, strict=False):
-            np.savez(file, **batch)
-        found.append([file for file in files if file.exists()])
+        files = []
+        for number, batch in zip(range(count), side, strict=False):
+            files.append(folder / f"{name}_{settings['batch_size']}_{number}.npz")
+            np.savez(files[-1], **batch)
+        found.append(files)
     return found[0], found[1]
 
 
