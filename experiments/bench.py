@@ -22,7 +22,6 @@ The defaults should take about 25 minutes on two x86-64 cores that do nothing el
 `largest` starts two processes for every doubling.
 """
 
-import json
 import os
 import platform
 import statistics
@@ -40,7 +39,7 @@ from ml_collections import config_dict
 
 import run
 from experiments import in_turn
-from prefix_tuning import setup
+from prefix_tuning import models, setup
 from prefix_tuning.data import pipeline
 from prefix_tuning.files import write_json
 from prefix_tuning.interop import peft
@@ -138,9 +137,7 @@ def made(name: str) -> Path:
     folder = Path(FLAGS.workdir).absolute() / name
     if not (folder / "model.safetensors").exists():
         tokenizer = loading.load_tokenizer(loading.find_folder(FLAGS.minilm if name == "bert" else FLAGS.smollm2))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(SHAPES[name] | {"initializer_range": 0.02}))
-        model = loading.read_model(folder)
+        model = models.build(SHAPES[name] | {"initializer_range": 0.02})
         loading.save_pretrained(folder, model, loading.initialise(jax.random.key(0), model))
         tokenizer.save_pretrained(folder)
     return folder
@@ -202,10 +199,11 @@ def batches(subject: Subject, folder: Path, count: int) -> tuple[list[Path], lis
     random = peft_side.shuffled(examples, settings["batch_size"], 1, 0)
     found = []
     for name, side in (("theirs", map(alone, random)), ("ours", stream.batches(0))):
-        files = [folder / f"{name}_{number}.npz" for number in range(count)]
-        for file, batch in zip(files, side, strict=False):
-            np.savez(file, **batch)
-        found.append([file for file in files if file.exists()])
+        files = []
+        for number, batch in zip(range(count), side, strict=False):
+            files.append(folder / f"{name}_{settings['batch_size']}_{number}.npz")
+            np.savez(files[-1], **batch)
+        found.append(files)
     return found[0], found[1]
 
 
