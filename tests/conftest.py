@@ -9,9 +9,15 @@ import os
 import shutil
 import tempfile
 
-# The second flag: tests compile much and compute little.
+# Tests compile much and compute little: no optimisation, no MLIR pipeline for every fused kernel, one LLVM module.
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 # What one test has compiled, no other compiles again: processes share it for a session, and the first takes it away.
