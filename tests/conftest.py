@@ -146,6 +146,18 @@ SEQ2SEQ = {
 }
 
 
+# The files that take longest, in their order: a worker gets whole files, and one that begins last is waited for.
+LONGEST = (
+    "methods seq2seq hooks models population decode sweep run tables publish peft peft_kinds quickstart tasks "
+    "train_step inspection selection encoders method_options data_tasks gguf accounting interop_fuzz"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 def pytest_configure(config):
     for module in ("prefix_tuning", "configs", "experiments"):
         config.addinivalue_line("filterwarnings", rf"error:::{module}(\.|$)")
