@@ -19,6 +19,7 @@ SHORT = [
     "optimizer.warmup_steps=0",
     "train.epochs=1",
     "train.examples=64",
+    "train.shapes=1",
     "evaluation.metrics=()",
     "evaluation.examples=8",
 ]
@@ -176,7 +177,7 @@ def test_what_cannot_be_started_from(tmp_path, published, capsys):
 @pytest.mark.parametrize("folder", ["classify"], indirect=True)
 def test_a_task_head_goes_with_its_prefix(folder, capsys):  # noqa: F811
     """Written under PEFT's names, and read into a new run; without it the new run has a fresh one."""
-    config, short = f"--config={folder}/config.py", ["--config.train.epochs=1"]
+    config, short = f"--config={folder}/config.py", ["--config.train.epochs=1", "--config.train.shapes=1"]
     first, second, third = (folder / name for name in ("first", "second", "third"))
     assert run.main(["train", config, *short, f"--workdir={first}"]) == 0
     adapter = json.loads((first / "summary.json").read_text())["adapter"]

@@ -27,7 +27,7 @@ def sweep(add):
 
 get_config = quickstart.get_config
 """
-SHORT = ["train.epochs=1", "train.examples=48", "evaluation.metrics=()", "evaluation.examples=8"]
+SHORT = ["train.epochs=1", "train.examples=48", "train.shapes=1", "evaluation.metrics=()", "evaluation.examples=8"]
 
 
 def test_a_sweep_runs_what_is_listed_and_goes_on(tmp_path, capsys):
