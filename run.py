@@ -6,7 +6,7 @@ import json
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,13 +32,11 @@ def train(config: dict[str, Any], workdir: str, runs: str | None, file: str, fla
     """Prints the summary of a run, or of several of its sweep that train together."""
     from prefix_tuning import progress
     from prefix_tuning.train import train as run
-    from prefix_tuning.train import train_together
 
     if runs is not None:
-        planned = chosen(runs, listed(file))
-        configs = [alone(configured(one, flags)) for one in planned]
-        summaries = train_together(configs, [Path(workdir) / one.name for one in planned])
-        print("\n\n".join(map(progress.table, summaries)))
+        planned = {one.name: one for one in listed(file)}
+        configs = {name: alone(configured(planned[name], flags)) for name in named(runs, planned)}
+        train_at_once(configs, Path(workdir))
     elif "compare" in config:
         from prefix_tuning.variants import train_variants
 
@@ -100,21 +98,36 @@ def listed(file: str) -> list[Any]:
     return library.plan(module.sweep, path, arg, module.get_config)
 
 
-def chosen(names: str, planned: list[Any]) -> list[Any]:
-    """The planned runs of --runs=NAME,NAME, whose names may have commas in them; raises `UserError` for others."""
+def named(names: str, known: Collection[str]) -> list[str]:
+    """The runs of --runs=NAME,NAME, whose names may have commas in them; raises `UserError` for unknown ones."""
     from prefix_tuning.errors import UserError
 
     found, rest = [], names
     while rest:
-        hits = [one for one in planned if rest == one.name or rest.startswith(one.name + ",")]
+        hits = [name for name in known if rest == name or rest.startswith(name + ",")]
         if not hits:
-            known = "; ".join(one.name for one in planned)
-            raise UserError(f"--runs: {rest!r} does not begin with a run of the sweep; valid: {known}")
-        found.append(max(hits, key=lambda one: len(one.name)))
-        rest = rest[len(found[-1].name) + 1 :]
-    if len({one.name for one in found}) < len(found) or not found:
+            raise UserError(f"--runs: {rest!r} does not begin with a run; valid: {'; '.join(known)}")
+        found.append(max(hits, key=len))
+        rest = rest[len(found[-1]) + 1 :]
+    if len(set(found)) < len(found) or not found:
         raise UserError(f"--runs={names!r} names no run, or one twice; expected each once")
     return found
+
+
+def train_at_once(configs: dict[str, dict[str, Any]], root: Path) -> None:
+    """Trains runs in one step, each into a folder of its name below `root`, and prints their summaries."""
+    from prefix_tuning import progress
+    from prefix_tuning.train import train_together
+
+    summaries = train_together(list(configs.values()), [root / name for name in configs])
+    print("\n\n".join(map(progress.table, summaries)))
+
+
+def left(job: str, together: list[list[str]], root: Path) -> list[str]:
+    """The runs that train with `job`, itself among them, without those that are finished."""
+    from prefix_tuning import sweep as library
+
+    return [name for name in library.group_of(job, together) if name == job or not library.finished(root / name)]
 
 
 def configured(one: Any, flags: list[str]) -> dict[str, Any]:
@@ -141,8 +154,7 @@ def sweep(file: str, flags: list[str], workdir: str, launcher: str, slurm: str |
         if together is None:
             own = [config, *flags, *overrides, f"--workdir={root / name}"]
         else:
-            left = [n for n in library.group_of(name, together) if n == name or not library.finished(root / n)]
-            own = [f"--config={file}", *flags, f"--workdir={root}", f"--runs={','.join(left)}"]
+            own = [f"--config={file}", *flags, f"--workdir={root}", f"--runs={','.join(left(name, together, root))}"]
         return [sys.executable, str(ROOT / "run.py"), "train", *own]
 
     print(library.run_all(planned, launch.make(launcher, slurm, command, root), root, together))
@@ -179,10 +191,11 @@ def table(
     examples: str | None,
     seeds: str | None,
     only: str | None,
+    runs: str | None,
     launcher: str,
     slurm: str | None,
 ) -> None:
-    """Runs a paper's table and prints it, or lists the tables."""
+    """Runs a paper's table and prints it, or trains some of its runs in one step, or lists the tables."""
     from experiments import table as library
     from prefix_tuning import launch
     from prefix_tuning.errors import UserError
@@ -200,12 +213,22 @@ def table(
         return parse(["train", *flags, "--workdir=unused"])[1]["config"]
 
     root = Path(workdir)
+    if runs is not None:
+        configs = {one.planned.name: one.config for one in library.planned(name, given, load)[2]}
+        train_at_once({one: configs[one] for one in named(runs, configs)}, root)
+        return
+    told = [f"--{option}={value}" for option, value in given.items() if isinstance(value, str)] + flags
 
-    def launched(planned: list[Any]) -> launch.Local | launch.Slurm:
-        runs = {one.name: one for one in planned}
+    def launched(planned: list[Any], together: list[list[str]]) -> launch.Local | launch.Slurm:
+        alone = {one.name: one.flags for one in planned}
 
-        def command(name: str) -> list[str]:
-            return [sys.executable, str(ROOT / "run.py"), "train", *runs[name].flags, f"--workdir={root / name}"]
+        def command(job: str) -> list[str]:
+            names = left(job, together, root)
+            if len(names) == 1:
+                own = ["train", *alone[job], f"--workdir={root / job}"]
+            else:
+                own = ["table", name, *told, f"--workdir={root}", f"--runs={','.join(names)}"]
+            return [sys.executable, str(ROOT / "run.py"), *own]
 
         return launch.make(launcher, slurm, command, root)
 
@@ -294,7 +317,8 @@ COMMANDS = {
     ),
     "table": Command(
         "NAME: a paper's table, ours beside the published numbers; `table list` shows them",
-        {"workdir": None, "model": None, "dataset": None, "examples": None, "seeds": None, "only": None} | LAUNCHER,
+        {"workdir": None, "model": None, "dataset": None, "examples": None, "seeds": None, "only": None, "runs": None}
+        | LAUNCHER,
         table,
     ),
     "import": Command(

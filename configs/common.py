@@ -148,7 +148,7 @@ def train(**options: Any) -> config_dict.ConfigDict:
 
 def evaluation(**options: Any) -> config_dict.ConfigDict:
     """The section `evaluation`: what a config says over what is usual."""
-    return section(**{"select": None, "patience": None} | options)
+    return section(**{"pairs": None, "untuned": True, "select": None, "patience": None} | options)
 
 
 def section(**options: Any) -> config_dict.ConfigDict:

@@ -18,15 +18,21 @@ def sweep(add):
 
 
 def get_config(arg=None):
-    """`quick` trains on 32 pairs and decodes 8 records; `method` as in every config."""
-    settings = common.parse(arg)
-    quick = settings["quick"]
+    """`quick` trains on 32 pairs and decodes 8 records; `method` as in every config.
+
+    `init=WORDS` is what the prefix starts from instead of a sentence; `init=random` draws it.
+    """
+    settings = common.parse(arg, init="")
+    quick, words = settings["quick"], settings["init"]
+    prefix = {"text": f" {words}" if words else "Describe the restaurant in one sentence.\n"}
+    if words == "random":
+        prefix = {"init": "random", "text": None}
     return common.section(
         seed=0,
         model=common.section(name="HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32"),
         dataset=common.section(name="e2e", path="tuetschek/e2e_nlg", strip=True),
         text=common.section(prompt="{source}\n", completion="{target}", max_source=None, max_target=None),
-        method=common.method(settings["method"], prefix={"text": "Describe the restaurant in one sentence.\n"}),
+        method=common.method(settings["method"], prefix=prefix),
         objective=common.section(name="lm", normalisation="token"),
         optimizer=common.section(
             name="adamw",

@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     options = FLAGS(arguments, known_only=True)[1:]
     if not FLAGS.config or not FLAGS.workdir or not FLAGS.runs:
         sys.exit("error: expected --config=FILE, --workdir=DIR and --runs=NAME,NAME")
-    names = [one.name for one in run.chosen(FLAGS.runs, run.listed(FLAGS.config))]
+    names = run.named(FLAGS.runs, [one.name for one in run.listed(FLAGS.config)])
     root = Path(FLAGS.workdir).absolute()
     alone = [timed([name], root / "separate", options) for name in names]
     minutes, together = timed(names, root / "together", options)

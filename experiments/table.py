@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from experiments.tables import TABLES
 from experiments.tables.base import Column, Row, Table
-from prefix_tuning import launch, sweep
+from prefix_tuning import launch, population, sweep
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import guarded, read_json, replace, write_json
 from prefix_tuning.progress import say
@@ -31,6 +31,7 @@ class Options(NamedTuple):
     examples: int | None = None  # pairs to train on, and records to score
     seeds: tuple[int, ...] | None = None
     only: tuple[str, ...] | None = None  # names of rows
+    population: int = 1  # runs that train at once, where they can
     overrides: dict[str, str] = {}  # "section.key" -> text, for every run  # noqa: RUF012
 
 
@@ -63,13 +64,15 @@ def options(
     names = None if only is None else tuple(only.split(","))
     for name in names or ():
         valid("row", name, [row.name for row in table.rows if row.file])
+    rest = dict(overrides or {})
     for key in ("seed", "train.draw"):
-        if key in (overrides or {}):
+        if key in rest:
             raise UserError(f"--config.{key} is what --seeds says; drop it")
-    if "train.population" in (overrides or {}):
-        raise UserError("--config.train.population is for 'run.py sweep': a table's runs train one by one")
+    size = rest.pop("train.population", "1")
+    if not size.isdecimal() or not int(size):
+        raise UserError(f"--config.train.population={size!r} must be a number of at least 1")
     count = None if examples is None else int(examples)
-    return Options(model, dataset, count, numbers and tuple(map(int, numbers)), names, overrides or {})
+    return Options(model, dataset, count, numbers and tuple(map(int, numbers)), names, int(size), rest)
 
 
 def groups(table: Table, row: Row) -> dict[str, list[Column]]:
@@ -177,7 +180,7 @@ def flat(config: dict[str, Any], before: str = "") -> dict[str, Any]:
 def differences(table: Table, given: Options, runs: Sequence[Run]) -> list[str]:
     """What differs from the paper's setting, in words; [] where nothing does."""
     chosen = [run for run in runs if given.only is None or run.row.name in given.only]
-    told = []
+    told = list(table.instead)
     if given.model is not None:
         names = dict.fromkeys(run.published["model"]["name"].rpartition("/")[2] for run in chosen)
         theirs = list(names)
@@ -292,11 +295,18 @@ def number(value: float | None, column: Column, signed: bool = False) -> str:
 def markdown(name: str, table: Table, lines: Sequence[Line], differing: Sequence[str]) -> str:
     """The table: for each row the published numbers, ours, and the difference from the first published version."""
     shown = columns(table)
-    text = [f"# {table.title}", "", f"{table.source}.", "", f"**{setting(differing)}**", ""]
+    text = [
+        f"# {table.title}",
+        "",
+        f"{table.source[0].upper()}{table.source[1:]}.",
+        "",
+        f"**{setting(differing)}**",
+        "",
+    ]
     if table.shape:
         text += [f"Published: {table.shape}", ""]
     arrows = [f"{column.label} {'↓' if column.lower else ''}".strip() for column in shown]
-    cells = [["row", "", *arrows, "seeds"], ["---"] * (len(shown) + 3)]
+    cells = [["row", "", *arrows, "seeds"], ["---"] * (len(shown) + 3)]  # the second is whose numbers they are
     for line in lines:
         first = line.row.label
         for version, numbers in line.row.published.items():
@@ -318,6 +328,8 @@ def markdown(name: str, table: Table, lines: Sequence[Line], differing: Sequence
         if line.row.published:
             gaps = [number(gap, column, signed=True) for gap, column in zip(against(line), shown, strict=True)]
             cells.append(["", f"ours - {next(iter(line.row.published))}", *gaps, ""])
+    if not table.versions:
+        cells = [[label, *rest] for label, _, *rest in cells]
     text += ["| " + " | ".join(row) + " |" for row in cells]
     text += ["", "Ours is the mean over seeds ± their standard deviation; ↓: lower is better; -: no number."]
     idle = [line.row.label for line in lines if not line.finished]
@@ -511,27 +523,37 @@ def write(name: str, table: Table, lines: Sequence[Line], differing: Sequence[st
     return text
 
 
+def planned(name: str, given: dict[str, Any], load: Load) -> tuple[Table, Options, list[Run]]:
+    """A table, the options as they are meant, and all its runs; raises `UserError` for what cannot be."""
+    table = TABLES[valid("table", name, TABLES)]
+    chosen = options(table, **given)
+    return table, chosen, plan(table, chosen, load)
+
+
 def make(
     name: str,
     workdir: str | Path,
     given: dict[str, Any],
     load: Load,
-    launcher: Callable[[list[sweep.Planned]], launch.Local | launch.Slurm],
+    launcher: Callable[[list[sweep.Planned], list[list[str]]], launch.Local | launch.Slurm],
 ) -> str:
     """Runs what a table lacks below `workdir`, writes it there, and returns it as Markdown.
 
-    Raises `UserError` before anything runs for what cannot be, and after everything else is written where runs failed.
+    `launcher` takes what is to run and the names of those that train at once.  Raises `UserError` before anything runs
+    for what cannot be, and after everything else is written where runs failed.
     """
-    table, root = TABLES[valid("table", name, TABLES)], Path(workdir)
-    chosen = options(table, **given)
-    runs = plan(table, chosen, load)
+    table, chosen, runs = planned(name, given, load)
+    root = Path(workdir)
     for run in runs:
         check_config(root / run.planned.name, run.config)
     differing = differences(table, chosen, runs)
-    asked = [run.planned for run in runs if chosen.only is None or run.row.name in chosen.only]
+    asked = [run for run in runs if chosen.only is None or run.row.name in chosen.only]
+    parts = population.groups([run.config for run in asked], chosen.population)
+    together = [[asked[number].planned.name for number in part] for part in parts]
     say(f"{setting(differing)}  {len(asked)} runs; {table.cost}")
+    todo = [run.planned for run in asked]
     try:
-        sweep.run_all(asked, launcher(asked), root)
+        sweep.run_all(todo, launcher(todo, together), root, together)
     finally:
         text = write(name, table, collect(table, runs, root), differing, root)
     return text

@@ -183,7 +183,7 @@ def evaluate_workdir(workdir: str, split: str) -> dict[str, Any]:
     """Decodes and scores a split with a workdir's newest checkpoint; writes eval_SPLIT.json and the predictions."""
     config, base, frozen, trainable, step = open_workdir(workdir)
     section = call("evaluation", setup.Evaluation, config["evaluation"])
-    chosen = setup.make_split(config, base, split, section.examples)
+    chosen = setup.make_split(config, base, split, section)
     write = evaluate.make_writer(base, section.batch_size)
     predictions = write(*base.method.bind(frozen, trainable), chosen.prompts, config["seed"])
     scores = {"step": step, "records": len(chosen.records), **evaluate.score(section.metrics, predictions, chosen)}

@@ -33,7 +33,7 @@ def inspect_workdir(workdir: str, split: str | None, examples: int) -> str:
     model, section = base.model, call("evaluation", setup.Evaluation, config["evaluation"])
     params, adaptation = base.method.bind(frozen, trainable)
     name = section.split if split is None else split
-    pairs = setup.make_split(config, base, name, section.examples).pairs[:examples]
+    pairs = setup.make_split(config, base, name, section._replace(pairs=None)).pairs[:examples]
 
     folded = compose.fold(model, params, adaptation)
     virtual = 0 if adaptation.rows is None else len(adaptation.rows)

@@ -63,14 +63,19 @@ def shared(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def groups(configs: Sequence[dict[str, Any]], size: int) -> list[list[int]]:
-    """The numbers of the configs that can train together, at most `size` of them, in the order of their first ones."""
-    found: dict[str, list[list[int]]] = {}
+    """The numbers of the configs that can train together, at most `size` of them, in the order of their first ones.
+
+    Those with one seed, which read the same batches, come together first.
+    """
+    found: dict[str, list[int]] = {}
     for number, config in enumerate(configs):
-        alike = found.setdefault(json.dumps(shared(config), sort_keys=True), [[]])
-        if len(alike[-1]) == size:
-            alike.append([])
-        alike[-1].append(number)
-    return sorted((group for alike in found.values() for group in alike), key=lambda group: group[0])
+        found.setdefault(json.dumps(shared(config), sort_keys=True), []).append(number)
+    parts = []
+    for alike in found.values():
+        seeds = list(dict.fromkeys(configs[number]["seed"] for number in alike))
+        ordered = sorted(alike, key=lambda number: seeds.index(configs[number]["seed"]))
+        parts += [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return sorted(parts, key=lambda group: group[0])
 
 
 def check(configs: Sequence[dict[str, Any]], bases: Sequence[setup.Base], runs: Sequence[setup.Run]) -> None:

@@ -53,6 +53,8 @@ class Evaluation(NamedTuple):
     split: str = "validation"  # while training
     final_split: str = "validation"  # at the end, untuned against tuned
     examples: int | None = None  # records, each with all its references; None takes all
+    pairs: int | None = None  # of those records, drawn, that the loss is computed on; None takes all
+    untuned: bool = True  # whether the model without any adaptation is scored as well
     samples: int = 3  # shown after each evaluation
     select: str | None = None  # the score whose best checkpoint is what comes out; None takes the last one
     patience: int | None = None  # evaluations that may follow the best one before training stops
@@ -197,25 +199,32 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
     options = {"batch_size": train.batch_size, "epochs": train.epochs, "seed": config["seed"], "packing": train.packing}
     stream = said(pipeline.train_data, examples, **options, shapes=train.shapes, prefetch=train.prefetch)
     tx, schedule = call("optimizer", make_optimizer, config["optimizer"], stream.total_steps)
-    split = make_split(config, base, evaluation.split, evaluation.examples)
+    if evaluation.pairs is not None and base.task is not None:
+        raise UserError(
+            f"evaluation.pairs={evaluation.pairs} is for texts with several references; objective.name="
+            f"{config['objective']['name']!r} takes evaluation.examples alone"
+        )
+    split = make_split(config, base, evaluation.split, evaluation)
     final = split
     if evaluation.final_split != evaluation.split:
-        final = make_split(config, base, evaluation.final_split, evaluation.examples)
+        final = make_split(config, base, evaluation.final_split, evaluation)
     return Run(train, evaluation, tx, schedule, stream, split, final)
 
 
-def make_split(config: dict[str, Any], base: Base, name: str, examples: int | None) -> Split:
-    """A split's records with their references, `examples` of them drawn, always the same ones."""
+def make_split(config: dict[str, Any], base: Base, name: str, evaluation: Evaluation) -> Split:
+    """A split's records with their references, as many as `evaluation` says drawn, always the same ones."""
     pairs = load_split(config, name)
     records = data.group_references(pairs) if base.task is None else pairs
-    if examples is not None:
-        records = said(data.subsample, records, min(examples, len(records)), 0)
+    if evaluation.examples is not None:
+        records = said(data.subsample, records, min(evaluation.examples, len(records)), 0)
     if base.task is not None:
         encoded = make_prompts(base, records, name)
         told = [{"source": base.task.source(row), "targets": base.task.references(row)} for row in encoded.rows]
         return Split(encoded, datasets.Dataset.from_list(told), encoded.examples)
     kept = set(records["source"])
     pairs = pairs.select([i for i, source in enumerate(pairs["source"]) if source in kept])
+    if evaluation.pairs is not None:
+        pairs = said(data.subsample, pairs, min(evaluation.pairs, len(pairs)), 0)
     return Split(make_prompts(base, records, name), records, encode(base, pairs))
 
 

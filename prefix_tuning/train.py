@@ -365,8 +365,8 @@ def score_untuned(engine: population.Single | population.Population, members: Se
     """Gives every run the final split's scores without any adaptation; decoded once per workdir, or for all at once."""
     first, evaluation = members[0], members[0].run.evaluation
     base, split = first.base, first.run.final
-    if not evaluation.metrics or base.objective.head is not None:  # a fresh head knows nothing
-        return
+    if not evaluation.untuned or not evaluation.metrics or base.objective.head is not None:
+        return  # a fresh head knows nothing
     paths = [member.record.workdir / "predictions" / "untuned.jsonl" for member in members]
     done = next((path for path in paths if path.exists()), None)
     if done is not None:

@@ -278,4 +278,4 @@ def test_what_cannot_be_run_together_is_said_first(tmp_path, capsys, options, me
 def test_names_of_runs_may_have_commas():
     planned = run.listed("configs/e2e_smollm2.py")
     names = ("length=10,seed=1", "length=1,seed=0")
-    assert tuple(one.name for one in run.chosen(",".join(names), planned)) == names
+    assert tuple(run.named(",".join(names), [one.name for one in planned])) == names

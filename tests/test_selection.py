@@ -126,6 +126,19 @@ def test_what_cannot_be_selected_is_said_first(tmp_path, overrides, message):
     assert not (tmp_path / "w").exists()
 
 
+def test_an_evaluation_can_be_smaller(tmp_path, monkeypatch):
+    """The loss on a few pairs of the records that are decoded, and nothing about the untuned model."""
+    monkeypatch.setattr(evaluate, "make_writer", lambda *_, **__: lambda *given: ["a"] * len(given[2]))
+    own = {"evaluation_pairs": 3, "evaluation_untuned": False, "evaluation_metrics": ("bleu",)}
+    config = configured(train_eval_every=None, evaluation_select=None, **own)
+    made = setup.make_run(config, setup.make_base(config))
+    assert (len(made.split.records), len(made.split.pairs)) == (8, 3)
+    summary = train.train(config, tmp_path)
+    assert (summary["records"], summary["untuned"]) == (8, {})
+    assert "sacrebleu" in summary["tuned"]
+    assert not (tmp_path / "predictions" / "untuned.jsonl").exists()
+
+
 def test_a_score_that_this_machine_cannot_compute_is_no_choice(tmp_path, losses, monkeypatch):
     losses += [1.0]
     monkeypatch.setitem(metrics.METRICS, "java", lambda *_: {"meteor": None})

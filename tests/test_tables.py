@@ -41,8 +41,8 @@ def row(name, of):
 def test_every_row_is_planned_and_fits_its_model_at_true_size(name):
     """One of each kind that differs in what is trained; a whole step of each is traced in test_configs.py."""
     table, runs, differing = planned(name)
-    assert differing == []
-    assert library.setting(differing) == "The paper's setting."
+    assert differing == list(table.instead)
+    assert (library.setting(differing) == "The paper's setting.") == (not name.startswith("smollm2"))
     assert {one.row.name for one in runs} == {row.name for row in table.rows if row.file}
     assert len({one.planned.name for one in runs}) == len(runs)
     seen, built = set(), {}
@@ -167,6 +167,7 @@ def test_sizes_keep_their_proportion_and_warm_up_its_share():
         ("e2e", {"overrides": {"train.epoch": "1"}}, "row 'ft-full' cannot be planned: .*epoch"),
         ("e2e", {"overrides": {"train.epochs": "few"}}, "row 'ft-full' cannot be planned: .*epochs"),
         ("e2e", {"overrides": {"seed": "1"}}, "--config.seed is what --seeds says"),
+        ("e2e", {"overrides": {"train.population": "0"}}, "--config.train.population='0' must be a number of at least"),
         ("xsum-extrapolation", {"overrides": {}}, "this table needs --config.dataset.urls="),
     ],
 )
@@ -284,6 +285,42 @@ def test_a_table_is_run_and_goes_on(small, tmp_path, capsys):
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
     assert run.main([*command, "--config.train.epochs=2"]) == 1  # not mixed with what is there
     assert "was made with another config: train.epochs" in capsys.readouterr().err
+
+
+def test_runs_of_a_table_train_at_once(small, tmp_path, monkeypatch):
+    """Those that can, as one job of the launcher's, whose command trains them."""
+    jobs = []
+
+    def launched(launcher, slurm, command, root):
+        jobs.extend(command(name) for name in ("prefix,seed=1", "lora,seed=1"))
+        raise UserError("seen")
+
+    monkeypatch.setattr("prefix_tuning.launch.make", launched)
+    options = ["--only=prefix,lora", f"--workdir={tmp_path}", "--config.train.population=4"]
+    assert run.main(["table", "small", *options]) == 1
+    rest = [options[0], "--config.train.population=4", options[1]]
+    assert jobs[0][2:] == ["table", "small", *rest, "--runs=prefix,seed=0,prefix,seed=1"]
+    assert jobs[1][2:] == ["table", "small", *rest, "--runs=lora,seed=0,lora,seed=1"]
+    assert run.main(jobs[0][2:]) == 0
+    for seed in (0, 1):
+        summary = json.loads((tmp_path / f"prefix,seed={seed}" / "summary.json").read_text())
+        assert summary["population"] == 2
+    monkeypatch.setattr("prefix_tuning.launch.make", lambda launcher, slurm, command, root: Nothing())
+    assert run.main(["table", "small", f"--workdir={tmp_path}", "--only=prefix"]) == 0
+    assert json.loads((tmp_path / "small.json").read_text())["rows"][0]["seeds"] == [0, 1]
+
+
+class Nothing:
+    """A launcher for what is finished."""
+
+    interval = 0
+
+    def submit(self, names):
+        assert not names
+        return ""
+
+    def poll(self):
+        return {}
 
 
 def test_a_figure_has_series_and_a_column_the_mean_of_others(tmp_path):

@@ -543,3 +543,6 @@ def test_what_objectives_ask_of_models_and_configs(folder, capsys):
         setup.make_base(written | {"decode": decode, "text": {"prompt": "{source}"}})
     with pytest.raises(UserError, match="objective 'choice' has a section decode, which would do nothing"):
         setup.make_base(prefix | {"decode": decode})
+    fewer = prefix | {"evaluation": prefix["evaluation"] | {"pairs": 2}}
+    with pytest.raises(UserError, match=r"evaluation\.pairs=2 is for texts with several references; objective\.name="):
+        setup.make_run(fewer, setup.make_base(prefix))

@@ -1,6 +1,6 @@
 """Tables and figures of papers by name; a new one is data in a file here and a line in `TABLES`."""
 
-from experiments.tables import figures, lora, prompt_tuning, ptuning_v2, summaries, table_to_text
+from experiments.tables import figures, lora, prompt_tuning, ptuning_v2, smollm2, summaries, table_to_text
 from experiments.tables.base import Table
 
 TABLES: dict[str, Table] = {
@@ -18,4 +18,7 @@ TABLES: dict[str, Table] = {
     "lora-rank": lora.lora_rank,
     "prompt-length": prompt_tuning.prompt_length,
     "ptuning-v2": ptuning_v2.ptuning_v2,
+    "smollm2-length": smollm2.length,
+    "smollm2-low-data": smollm2.low_data,
+    "smollm2-initialisation": smollm2.initialisation,
 }

@@ -45,6 +45,7 @@ class Table(NamedTuple):
     log: bool = False  # whether the axis is logarithmic
     mean: str = ""  # the label of a last column, the mean of all others in rows that have all of them
     shape: str = ""  # what the paper says of a figure whose numbers it does not print
+    instead: tuple[str, ...] = ()  # what differs from the paper's setting in the rows themselves, in words
     needs: tuple[str, ...] = ()  # options of configs that only the user knows
     notes: tuple[str, ...] = ()  # where our runs differ from the paper's
 
@@ -57,3 +58,4 @@ class Table(NamedTuple):
 A = "a modest GPU, hours"
 B = "a large GPU, days"
 C = "large models or many seeds"
+D = "two CPU cores, an hour"
