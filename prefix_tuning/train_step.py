@@ -33,16 +33,18 @@ def make_train_step(
         if axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
 
-        def micro(total, inputs):
-            index, batch = inputs
-            fresh = jax.random.fold_in(key, index)
-            grads, sums = jax.grad(loss_fn, has_aux=True)(state.trainable, frozen, batch, fresh)
-            return jax.tree.map(jnp.add, total, (grads, sums)), None
+        def micro(index, batch):
+            return jax.grad(loss_fn, has_aux=True)(state.trainable, frozen, batch, jax.random.fold_in(key, index))
+
+        def add(total, inputs):
+            return jax.tree.map(jnp.add, total, micro(*inputs)), None
 
         first = jax.tree.map(lambda x: x[0], batch)
-        shapes = jax.eval_shape(jax.grad(loss_fn, has_aux=True), state.trainable, frozen, first, key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (grads, sums), _ = jax.lax.scan(micro, zeros, (jnp.arange(len(batch.mask)), batch))
+        if len(batch.mask) == 1:  # no sum, and so no second trace for its shapes and no loop to compile
+            grads, sums = micro(0, first)
+        else:
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(micro, 0, first))
+            (grads, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(len(batch.mask)), batch))
         if axis is not None:
             grads, sums = jax.lax.psum((grads, sums), axis)
         grads = jax.tree.map(lambda g: g / sums["count"], grads)

@@ -9,9 +9,15 @@ import os
 import shutil
 import tempfile
 
-# The second flag: tests compile much and compute little.
+# Tests compile much and compute little: no optimisation, no MLIR pipeline for every fused kernel, one LLVM module.
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 # What one test has compiled, no other compiles again: processes share it for a session, and the first takes it away.
@@ -138,6 +144,18 @@ SEQ2SEQ = {
     "t5": T5,
     "mt5": T5 | {"feed_forward_proj": "gated-gelu"},
 }
+
+
+# The files that take longest, in their order: a worker gets whole files, and one that begins last is waited for.
+LONGEST = (
+    "methods seq2seq hooks models population decode sweep run tables publish peft peft_kinds quickstart tasks "
+    "train_step inspection selection encoders method_options data_tasks gguf accounting interop_fuzz"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 def pytest_configure(config):

@@ -88,7 +88,7 @@ def shipped(tmp_path_factory):
         folders[method] = tmp_path_factory.mktemp(method)
         config = f"--config=configs/quickstart.py:quick,method={method}"
         short = ["--config.train.epochs=1", "--config.train.examples=192", "--config.evaluation.metrics=()"]
-        short += [f"--config.method.{option}", f"--workdir={folders[method]}"]
+        short += ["--config.train.shapes=1", f"--config.method.{option}", f"--workdir={folders[method]}"]
         assert run.main(["train", config, *short]) == 0
     return folders
 

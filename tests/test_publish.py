@@ -19,6 +19,7 @@ SHORT = [
     "optimizer.warmup_steps=0",
     "train.epochs=1",
     "train.examples=64",
+    "train.shapes=1",
     "evaluation.metrics=()",
     "evaluation.examples=8",
 ]
@@ -48,11 +49,23 @@ def same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """method -> the workdir of a run of it, trained once; nothing is written there again."""
+
+    @functools.cache
+    def train(method):
+        workdir = tmp_path_factory.mktemp("published") / method
+        assert call("train", workdir, method) == 0
+        return workdir
+
+    return train
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_starts_from_what_another_published(tmp_path, capsys, method):
+def test_a_run_starts_from_what_another_published(tmp_path, published, capsys, method):
     """Bit for bit, through the folder that PEFT reads, which also holds the tokenizer, the template and a card."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    assert call("train", first, method) == 0
+    first, second = published(method), tmp_path / "second"
     adapter = first / "adapter"
     card = (adapter / "README.md").read_text()
     assert "base_model: configs/quickstart_assets/model" in card
@@ -128,10 +141,8 @@ def test_the_folder_says_how_it_was_made(tmp_path, method, kind):
     assert written.get("num_frozen_tokens") == (1 if kind == "CARTRIDGE" else None)
 
 
-def test_what_cannot_be_started_from(tmp_path, capsys):
-    first = tmp_path / "first"
-    assert call("train", first, "prefix") == 0
-    adapter = first / "adapter"
+def test_what_cannot_be_started_from(tmp_path, published, capsys):
+    adapter = published("prefix") / "adapter"
     for method, options, message in (
         ("infix", [], "method 'infix' cannot start from an adapter: what made it"),
         ("ptuning", [], "method 'ptuning' cannot start from an adapter"),
@@ -150,8 +161,7 @@ def test_what_cannot_be_started_from(tmp_path, capsys):
     biased = ["method.parts.prefix.length=3", "method.parts.finetune.top_layers=1"]
     assert call("train", both, "prefix+finetune", *biased) == 0
     assert "no adapter/ is written: PEFT's folder holds no fine-tuned weights" in capsys.readouterr().err
-    lora = tmp_path / "lora"
-    assert call("train", lora, "lora") == 0
+    lora = published("lora")
     for options, message in (
         (["method.rank=3"], "method.rank=3 with scale"),
         (["method.alpha=5.0"], "cannot start from rank 2 with scale"),
@@ -167,7 +177,7 @@ def test_what_cannot_be_started_from(tmp_path, capsys):
 @pytest.mark.parametrize("folder", ["classify"], indirect=True)
 def test_a_task_head_goes_with_its_prefix(folder, capsys):  # noqa: F811
     """Written under PEFT's names, and read into a new run; without it the new run has a fresh one."""
-    config, short = f"--config={folder}/config.py", ["--config.train.epochs=1"]
+    config, short = f"--config={folder}/config.py", ["--config.train.epochs=1", "--config.train.shapes=1"]
     first, second, third = (folder / name for name in ("first", "second", "third"))
     assert run.main(["train", config, *short, f"--workdir={first}"]) == 0
     adapter = json.loads((first / "summary.json").read_text())["adapter"]

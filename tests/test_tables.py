@@ -201,7 +201,13 @@ def test_the_command_line(capsys, tmp_path):
 # --- For real
 
 FILE = "configs/quickstart.py"
-SHORT = {"train.epochs": 1, "train.examples": 48, "optimizer.warmup_steps": 0, "evaluation.metrics": ()}
+SHORT = {
+    "train.epochs": 1,
+    "train.examples": 48,
+    "train.shapes": 1,
+    "optimizer.warmup_steps": 0,
+    "evaluation.metrics": (),
+}
 SHORT |= {"evaluation.examples": 8}
 SMALL = Table(
     "Small",
