@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import os
 import shutil
+import signal
 import tempfile
 
 # Tests compile much and compute little: no optimisation, one LLVM module, no MLIR pipeline for every fused kernel.
@@ -150,8 +151,8 @@ SEQ2SEQ = {
 
 # The files that take longest, in their order: a worker gets whole files, and one that begins last is waited for.
 LONGEST = (
-    "methods seq2seq hooks models population decode sweep run tables publish peft peft_kinds quickstart tasks "
-    "train_step inspection selection encoders method_options data_tasks gguf accounting interop_fuzz"
+    "methods seq2seq hooks models population sharded hosts decode sweep run tables publish peft peft_kinds quickstart "
+    "tasks train_step inspection selection encoders method_options data_tasks gguf accounting interop_fuzz"
 ).split()
 
 
@@ -161,6 +162,10 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as in a shell's background, where tests send it all the same
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for module in ("prefix_tuning", "configs", "experiments"):
         config.addinivalue_line("filterwarnings", rf"error:::{module}(\.|$)")
     config.addinivalue_line("filterwarnings", "error:::run$")

@@ -262,7 +262,7 @@ def test_each_leaves_the_workdir_that_it_would_leave_alone(tmp_path, monkeypatch
     [
         (
             ["--runs=length=2,lenth"],
-            "--runs: 'lenth' does not begin with a run of the sweep; valid: length=2; length=5",
+            "--runs: 'lenth' does not begin with a run; valid: length=2; length=5",
         ),
         (["--runs=length=2,length=2"], "--runs='length=2,length=2' names no run, or one twice"),
         (["--config.train.population=3"], "train.population=3 is how many runs of a sweep train at once; expected 1"),

@@ -339,7 +339,7 @@ def test_a_figure_has_series_and_a_column_the_mean_of_others(tmp_path):
     assert [round(score.mean, 6) for score in line.scores] == [60.0, 80.0, 60.0, 60.0, 60.0, 60.0]
     assert line.scores[-1].values == pytest.approx([55.0, 65.0])
     text = library.write("prompt-length", table, lines, ["an example"], tmp_path)
-    assert "| base, 20 | ours | 60.0 ± 10.0 | 80.0 ± 7.1 |" in text
+    assert "| base, 20 | 60.0 ± 10.0 | 80.0 ± 7.1 |" in text
     assert "**Not the paper's setting: an example.**" in text
     made = json.loads((tmp_path / "prompt-length.json").read_text())
     assert next(row for row in made["rows"] if row["name"] == "base-20")["x"] == 20
