@@ -223,6 +223,8 @@ def table(
 
     root = Path(workdir)
     if runs is not None:
+        if launcher != "local" or slurm is not None:
+            raise UserError("--runs trains here and now; drop --launcher and --slurm")
         configs = {one.planned.name: one.config for one in library.planned(name, given, load)[2]}
         train_at_once({one: configs[one] for one in named(runs, configs)}, root)
         return

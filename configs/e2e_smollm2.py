@@ -24,6 +24,8 @@ def get_config(arg=None):
     """
     settings = common.parse(arg, init="")
     quick, words = settings["quick"], settings["init"]
+    if words and "prefix" not in common.PRESETS.get(settings["method"], (settings["method"].split("+"),))[0]:
+        raise ValueError(f"init={words} is what a prefix starts from, and method={settings['method']} has none")
     prefix = {"text": f" {words}" if words else "Describe the restaurant in one sentence.\n"}
     if words == "random":
         prefix = {"init": "random", "text": None}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
+from absl import flags
 
 import run
 from configs import common, ptuning_v2, sst2_minilm, xsum_bart
@@ -346,3 +347,9 @@ def test_sst2_starts_from_a_text_or_at_random():
     method = sst2_minilm.get_config("random").method
     assert (method.init, method.text, method.length) == ("random", None, 20)
     assert sst2_minilm.get_config("random,method=lora").method == sst2_minilm.get_config("method=lora").method
+
+
+def test_what_a_prefix_starts_from_needs_a_prefix():
+    assert run.load_config("configs/e2e_smollm2.py:method=mam,init=random").method.parts.prefix.init == "random"
+    with pytest.raises(flags.Error, match="init=banana is what a prefix starts from, and method=lora has none"):
+        run.load_config("configs/e2e_smollm2.py:method=lora,init=banana")

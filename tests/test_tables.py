@@ -190,6 +190,8 @@ def test_the_command_line(capsys, tmp_path):
         (["e2e"], "table needs --workdir"),
         ([], "table needs a name, or list"),
         (["e2e", f"--workdir={tmp_path}/w", "--only=x"], "unknown row 'x'"),
+        (["e2e", f"--workdir={tmp_path}/w", "--runs=x"], "--runs: 'x' does not begin with a run; valid: ft-full"),
+        (["e2e", f"--workdir={tmp_path}/w", "--runs=x", "--launcher=slurm"], "--runs trains here and now; drop"),
     ):
         assert run.main(["table", *arguments]) == 1
         error = capsys.readouterr().err

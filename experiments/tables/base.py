@@ -58,4 +58,4 @@ class Table(NamedTuple):
 A = "a modest GPU, hours"
 B = "a large GPU, days"
 C = "large models or many seeds"
-D = "two CPU cores, an hour"
+D = "two CPU cores, hours"

@@ -21,7 +21,7 @@ INSTEAD = (
     "no reparametrisation",
 )
 LOSS = "The loss is that of 80 validation pairs, per token."
-RATE = "4.5e-2 for prefixes, 3e-4 for all weights: what experiments/compare.py chose for 32 steps"
+RATE = "4.5e-2 for prefixes, 3e-4 for all weights: what experiments/compare.py chose"
 
 
 def row(
