@@ -148,6 +148,8 @@ def test_who_can_train_together():
     configs = [*prefixes(2, 3), lora[0], *prefixes(4, 5), lora[1], configured({"seed": 3, "method.rank": 1}, "lora")]
     assert population.groups(configs, 3) == [[0, 1, 3], [2, 6], [4], [5]]
     assert population.groups(configs, 1) == [[number] for number in range(7)]
+    seeds = [configured({"method.length": length, "seed": seed}) for length in (2, 3) for seed in (0, 1)]
+    assert population.groups(seeds, 2) == [[0, 2], [1, 3]]  # those that read the same batches
     # Masks that are drawn, and factors, depend on shapes.
     dropped = [configured({"seed": seed}) | {"objective": {"name": "lm", "dropout": 0.1}} for seed in (0, 1)]
     assert population.groups(dropped, 2) == [[0], [1]]
