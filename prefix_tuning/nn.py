@@ -172,6 +172,12 @@ def spread(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(DATA))
 
 
+def row_groups(rows: int) -> int:
+    """Over how many devices `spread` spreads the rows of a batch; 1 where it leaves them as they are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if DATA not in mesh.auto_axes or rows % mesh.shape[DATA] else mesh.shape[DATA]
+
+
 def prompt_positions(adaptation: Adaptation) -> Array:
     """Positions [1 P] or [B P] of a prompt: it ends where the real tokens begin, behind a prefix if there is one."""
     length = adaptation.prompt.shape[-2]

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 Params = dict[str, Any]  # nested dicts of arrays; leaves under "layers" and "encoder_layers" lead with L
+STACKS = ("layers", "encoder_layers")
 # The weights of a stack, or parts of it from below, each of which leads with its own number of layers.
 Layers = Params | tuple[Params, ...]
 

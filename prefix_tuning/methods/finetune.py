@@ -7,11 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.types import Adaptation, LayerHooks, Method, Model, Params
+from prefix_tuning.types import STACKS, Adaptation, LayerHooks, Method, Model, Params
 
 # What goes with the top layers; for GPT-2 wte and ln_f.
 OUTSIDE = ("embedding", "unembedding", "norm", "encoder_norm", "pooler")
-STACKS = ("layers", "encoder_layers")
 BUFFERS = ("logits_buffer",)  # no parameters to PyTorch either
 
 

@@ -1,12 +1,11 @@
-"""Next-token loss on target tokens, the end token included; logits exist at those positions only."""
+"""Next-token loss on target tokens, the end token included."""
 
 from typing import Any
 
-import jax
 from jax import Array
 
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.objectives import scores
+from prefix_tuning.objectives import scores, vocabulary
 from prefix_tuning.types import Adaptation, Batch, Model, Objective, Params
 
 NORMALISATIONS = ("token", "sequence")
@@ -27,12 +26,10 @@ def make(tokenizer: Any, *, normalisation: str = "token", label_smoothing: float
     def loss(
         model: Model, params: Params, adaptation: Adaptation, batch: Batch, key: Array | None = None
     ) -> tuple[Array, Array, dict]:
-        logits = model.unembed(params, scores.hidden_at_targets(model, params, adaptation, batch))  # float32 [B N V]
-        sums = scores.cross_entropy(logits, batch)
-        summed = sums["nll"]
-        if label_smoothing and key is not None:
-            uniform = ((jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)) * batch.mask).sum()
-            summed = (1 - label_smoothing) * summed + label_smoothing * uniform
+        hidden = scores.hidden_at_targets(model, params, adaptation, batch)
+        smoothing = 0.0 if key is None else label_smoothing
+        summed, nll, correct = vocabulary.cross_entropy(model, params, hidden, batch, smoothing)
+        sums = {"nll": nll, "correct": correct, "targets": batch.mask.sum(), **scores.counts(batch)}
         return summed, sums["targets" if normalisation == "token" else "examples"], sums
 
     return Objective(loss)
