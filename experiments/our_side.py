@@ -53,7 +53,7 @@ class Side:
 
     def __init__(self, task: dict[str, Any]):
         self.task, self.config = task, task["config"]
-        self.base: setup.Base | None = None
+        self.base = setup.make_base(self.config)
         self.frozen: Params | None = None
         self.trainable: Params | None = None
         self.step: Callable | None = None
@@ -62,7 +62,7 @@ class Side:
 
     def load(self) -> dict[str, Any]:
         """The model with its adapter, ready."""
-        self.base = base = setup.make_base(self.config)
+        base = self.base
         self.frozen = parallel.place(setup.load_weights(base, self.config))
         adaptation = peft.load_adapter(self.task["adapter"], base.model, self.frozen)
         trainable = base.bare.adopt(base.model, self.frozen, adaptation)
