@@ -26,6 +26,7 @@ Written = tuple[tuple[Array, ...], tuple[Array, ...]]  # keys and values, as `un
 FEATURES = {"elu": jax.nn.elu, "gelu": ACTIVATIONS["gelu"]}  # of queries, for `Memory`
 
 
+@jax.checkpoint  # computed again for its derivative: it keeps its input, and no array between
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     """Normalises the last axis of x [... D] in float32 and returns it in x's dtype."""
     y = x.astype(jnp.float32)
@@ -34,11 +35,17 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     return (y * scale + bias).astype(x.dtype)
 
 
+@jax.checkpoint
 def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     """Divides the last axis of x [... D] by its root mean square, in float32, and returns it in x's dtype."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)
     return scale * y.astype(x.dtype)
+
+
+def gate(activation: Callable[[Array], Array], gates: Array, x: Array) -> Array:
+    """activation(gates) x, of which only the two factors are kept for the derivative."""
+    return jax.checkpoint(lambda gates, x: activation(gates) * x)(gates, x)
 
 
 def project(x: Array, weights: Params, hooks: LayerHooks, site: str, axes: int = 1) -> Array:

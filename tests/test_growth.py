@@ -45,9 +45,20 @@ def test_what_is_kept_grows_with_rows_and_layers_and_less_if_layers_are_remateri
     assert kept(4, 3) == pytest.approx(2 * kept(2, 3), rel=0.01)
     layer = kept(2, 4) - kept(2, 3)
     assert layer == pytest.approx(kept(2, 5) - kept(2, 4), rel=0.01)
-    assert layer > 2 * 12 * 48 * 2 * 3  # the MLP's three activations alone
+    assert layer > 2 * 12 * 48 * 2 * 2  # the MLP's two factors alone
     saved = kept(2, 4, remat=True) - kept(2, 3, remat=True)
     assert 2 * 12 * 32 * 2 <= saved < layer / 3  # a layer's input, in bfloat16, and little else
+
+
+def test_a_gated_mlp_keeps_its_two_factors_and_a_norm_its_input():
+    def kept(width=32, mlp=48):
+        model = models.build(TINY | {"num_hidden_layers": 4, "hidden_size": width, "intermediate_size": mlp})
+        return growth.cost(model, PREFIX, growth.rows(2, 12)).kept
+
+    tokens, layers, bfloat16 = 2 * 12, 4, 2
+    assert kept(mlp=64) - kept(mlp=48) == 2 * 16 * layers * tokens * bfloat16
+    # What either norm reads, queries, what attention gives, and keys and values, which are half as wide.
+    assert kept(width=64) - kept(width=32) < 6 * 32 * layers * tokens * bfloat16
 
 
 def test_shards_are_those_of_the_layout():
