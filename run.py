@@ -484,9 +484,6 @@ def fail(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    from prefix_tuning import large_pages
-
-    large_pages.restart()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     code = main(sys.argv[1:])
     sys.stdout.flush()

@@ -39,7 +39,7 @@ from ml_collections import config_dict
 
 import run
 from experiments import in_turn
-from prefix_tuning import large_pages, models, setup
+from prefix_tuning import models, setup
 from prefix_tuning.data import pipeline
 from prefix_tuning.files import write_json
 from prefix_tuning.interop import peft
@@ -183,8 +183,6 @@ def start(side: str, task: Path, cache: Path | None = None) -> in_turn.Worker:
     """One side, in a process of its own."""
     own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TOKENIZERS_PARALLELISM": "false"}
     own |= {"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    if side == "ours":
-        own |= large_pages.environment()  # as run.py does
     return in_turn.Worker(SIDES[side], str(task), environment=os.environ | own)
 
 

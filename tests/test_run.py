@@ -478,28 +478,3 @@ def test_compiled_programs_are_kept_where_the_environment_says(monkeypatch):
     os.environ["XDG_CACHE_HOME"] = "/elsewhere"
     compiled.keep()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == folder  # what is set already goes first
-
-
-def test_a_process_starts_again_once_for_large_pages(tmp_path):
-    """As the same process, with the same arguments, and only where Linux gives large pages to who asks for them."""
-    code = (
-        "import os, sys; from pathlib import Path; from prefix_tuning import large_pages; "
-        "large_pages.restart(Path(sys.argv[1])); print(os.getpid(), sys.argv[2], os.environ.get('GLIBC_TUNABLES'))"
-    )
-
-    def started(setting, **given):
-        (tmp_path / "enabled").write_text(setting)
-        environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | given
-        command = [sys.executable, "-c", code, str(tmp_path / "enabled"), "a b"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-        try:
-            found = process.communicate(timeout=30)[0]
-        finally:
-            process.kill()  # it would start again for ever, were the environment not looked at
-        return found.removeprefix(f"{process.pid} a b ").strip()
-
-    asked = "always [madvise] never"
-    assert started(asked) == "glibc.malloc.hugetlb=1"
-    assert started(asked, GLIBC_TUNABLES="glibc.malloc.perturb=3") == "glibc.malloc.perturb=3:glibc.malloc.hugetlb=1"
-    assert started(asked, GLIBC_TUNABLES="glibc.malloc.hugetlb=0") == "glibc.malloc.hugetlb=0"
-    assert started("[always] madvise never") == started("always madvise [never]") == "None"
