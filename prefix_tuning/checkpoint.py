@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from prefix_tuning import hosts
 from prefix_tuning.errors import UserError
 from prefix_tuning.types import TrainState
 
@@ -35,7 +36,7 @@ class Checkpoints:
 
     def save(self, state: TrainState, **notes: Any) -> None:
         """Starts to write the state, and any JSON notes beside it; returns before it is done."""
-        step, items = int(state.step), jax.device_get(plain(state))
+        step, items = int(state.step), hosts.fetch(plain(state))
         if step in self.manager.all_steps():
             return
         notes |= {"checksums": {name: checksum(tree) for name, tree in items.items()}}

@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prefix_tuning import hosts
+from prefix_tuning.data.pipeline import WHOLE as ALL_ROWS
+from prefix_tuning.data.pipeline import Part
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.registry import call
 from prefix_tuning.types import Batch, Params, Spec
@@ -75,6 +77,7 @@ class Replicated:
     """The layout in which everything is on every local device, and the step itself sums over them, under pmap."""
 
     axis = AXIS
+    apart = True  # each process has the model, and computes by itself what needs no sum over all rows
     where = None  # weights are read on the host, and placed from there
     place = staticmethod(place)
     split_rows = staticmethod(split_rows)
@@ -88,8 +91,13 @@ class Replicated:
         """
         check_rows(rows, accumulate, jax.local_device_count() if own else jax.device_count())
 
+    def part(self, accumulate: int = 1) -> Part:
+        """The rows of every batch that this process makes."""
+        del accumulate  # gradients are sums over all micro-batches
+        return Part(hosts.index(), hosts.count())
+
     def split_eval_batch(self, batch: dict[str, np.ndarray]) -> Batch:
-        """Leaves [B ...] for `eval_step`."""
+        """Leaves [B ...], this process's part, for `eval_step`."""
         return jax.tree.map(lambda x: x[:, 0], split_batch(batch))
 
     def train_step(self, step: Callable, state: Any) -> Callable:
@@ -108,13 +116,16 @@ class Replicated:
 
 class Sharded:
     """The layout in which weights are split over a mesh [data model] by `RULES`, and with them what is trained as their
-    copy; a step is one computation, under jit, whose sums over rows XLA splits."""
+    copy; a step is one computation of all processes, under jit, whose sums over rows XLA splits."""
 
     axis = None
+    apart = False
 
     def __init__(self, specs: Params, data: int, model: int):
         """For the weights that `specs` describe, on data x model devices."""
-        self.mesh = Mesh(np.asarray(jax.devices()).reshape(data, model), (AXIS, MODEL))
+        # Those of a process stand side by side, along `model` first: what is exchanged most stays within a host.
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        self.mesh = Mesh(np.asarray(devices).reshape(data, model), (AXIS, MODEL))
         leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, Spec))
         self.specs = {names(path): spec for path, spec in leaves}
 
@@ -142,25 +153,40 @@ class Sharded:
 
     def place(self, tree: Any) -> Any:
         """The tree on the mesh, once."""
-        return jax.device_put(tree, self.shardings(tree))
+        return hosts.spread(tree, self.shardings(tree))
 
     def check_rows(self, rows: int, accumulate: int = 1, *, own: bool = False) -> None:
         """As for `Replicated`, over the data axis alone."""
         del own
         check_rows(rows, accumulate, self.mesh.shape[AXIS])
 
-    def split_rows(self, array: np.ndarray, axis: int = 0) -> Any:
-        """An array with its rows, on this axis, spread over the mesh's data axis."""
-        return jax.device_put(array, self.on(PartitionSpec(*[None] * axis, AXIS)))
+    def part(self, accumulate: int = 1) -> Part:
+        """As for `Replicated`; those of every micro-batch.  Processes whose devices share rows make the same ones."""
+        own = [any(one.process_index == jax.process_index() for one in row) for row in self.mesh.devices]
+        first, count = own.index(True), sum(own)
+        if len(own) % count or first % count:  # its devices begin or end amid those of a row: it makes all
+            return Part(blocks=accumulate)
+        return Part(first // count, len(own) // count, accumulate)
+
+    def split_rows(self, array: np.ndarray, axis: int = 0, part: Part = ALL_ROWS) -> jax.Array:
+        """An array with its rows, on this axis, spread over the mesh's data axis; the given ones are this `part`."""
+        own = array.shape[axis]
+        shape = (*array.shape[:axis], own * part.count, *array.shape[axis + 1 :])
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[axis].indices(shape[axis])
+            return array[(slice(None),) * axis + (slice(start - part.index * own, stop - part.index * own),)]
+
+        return jax.make_array_from_callback(shape, self.on(PartitionSpec(*[None] * axis, AXIS)), shard)
 
     def split_batch(self, batch: dict[str, np.ndarray], accumulate: int = 1) -> Batch:
-        """Leaves [B ...] as [A B/A ...], ready for `train_step`."""
+        """Leaves [B ...], this process's part, as [A B/A ...] of all, ready for `train_step`."""
         parts = {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
-        return Batch(**{name: self.split_rows(x, 1) for name, x in parts.items()})
+        return Batch(**{name: self.split_rows(x, 1, self.part()) for name, x in parts.items()})
 
     def split_eval_batch(self, batch: dict[str, np.ndarray]) -> Batch:
         """As for `Replicated`."""
-        return Batch(**{name: self.split_rows(x) for name, x in batch.items()})
+        return Batch(**{name: self.split_rows(x, 0, self.part()) for name, x in batch.items()})
 
     def train_step(self, step: Callable, state: Any) -> Callable:
         """As for `Replicated`: the state is donated, the frozen weights never are."""
@@ -219,8 +245,6 @@ def make(specs: Params, kind: str = "replicated", sizes: dict[str, int | None] |
     """The layout that a config's `parallel` and section `mesh` ask for, for a model's weights; raises `UserError`."""
     valid("parallel", kind, ("replicated", "sharded"))
     if kind == "sharded":
-        if jax.process_count() > 1:  # they decode batches of their own, each at its own pace
-            raise UserError("parallel=sharded is for the devices of one process; with several expected replicated")
         return Sharded(specs, *call("mesh", mesh_sizes, sizes or {}, jax.device_count()))
     if any(size is not None for size in (sizes or {}).values()):
         raise UserError(f"mesh={sizes} goes with parallel=sharded; with parallel={kind} it would do nothing")

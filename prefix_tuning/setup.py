@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prefix_tuning import data, hosts, nn, parallel
+from prefix_tuning import data, nn, parallel
 from prefix_tuning.data import pipeline, tasks
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError, valid
@@ -216,7 +216,7 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
     examples = encode(base, pairs)
     check_lengths("train", base, examples)
     options = {"batch_size": train.batch_size, "epochs": train.epochs, "seed": config["seed"], "packing": train.packing}
-    options |= {"shapes": train.shapes, "prefetch": train.prefetch, "part": own_part()}
+    options |= {"shapes": train.shapes, "prefetch": train.prefetch, "part": base.layout.part(train.accumulate)}
     stream = said(pipeline.train_data, examples, **options)
     tx, schedule = call("optimizer", make_optimizer, config["optimizer"], stream.total_steps)
     if evaluation.pairs is not None and base.task is not None:
@@ -229,11 +229,6 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
     if evaluation.final_split != evaluation.split:
         final = make_split(config, base, evaluation.final_split, evaluation)
     return Run(train, evaluation, tx, schedule, stream, split, final)
-
-
-def own_part() -> pipeline.Part:
-    """The rows of every batch that this process makes."""
-    return pipeline.Part(hosts.index(), hosts.count())
 
 
 def make_split(config: dict[str, Any], base: Base, name: str, evaluation: Evaluation) -> Split:

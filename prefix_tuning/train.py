@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from prefix_tuning import evaluate, hosts, metrics, population, publish, setup
 from prefix_tuning.checkpoint import Checkpoints, checksum, plain
 from prefix_tuning.data.pipeline import Tokens, without
@@ -144,8 +146,9 @@ def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | P
         first, total = int(states[0].step), runs[0].data.total_steps
         # What has begun to differ, in data or weights, would never be noticed: every host adds to the same gradient.
         if hosts.count() > 1:
+            own = list(filter(hosts.has, jax.tree.leaves(plain(states[0]))))  # the others are one array of all hosts
             config = zlib.crc32(json.dumps(configs, sort_keys=True).encode())
-            hosts.same(config=config, steps=total, step=first, state=checksum(plain(states[0])))
+            hosts.same(config=config, steps=total, step=first, state=checksum(own))
         for number, member in enumerate(members):
             # Lines beyond the checkpoint come again; so does its own evaluation, if that was cut short.
             evaluated = member.evaluated
@@ -247,9 +250,7 @@ def finish(
     else:
         tuned = score(number, state, evaluation.final_split, run.final)
     target = member.record.workdir / "adapter"
-    folder = hosts.agreed(
-        lambda: export_adapter(member.base, member.config, engine.own(number), state.trainable, target)
-    )
+    folder = export_adapter(member.base, member.config, engine.own(number), state.trainable, target)
     summary = {
         "split": evaluation.final_split,
         "records": len(run.final.records),
@@ -411,7 +412,7 @@ def without_virtual(prompts: list[list[int]] | Encoded, base: setup.Base) -> lis
 def export_adapter(base: setup.Base, config: dict[str, Any], frozen: Any, trainable: Any, folder: Path) -> str | None:
     """Writes the adaptation in PEFT's format; None, saying why, for one that PEFT cannot express."""
     try:
-        publish.save_adapter(folder, base, config, frozen, *base.method.bind(frozen, trainable))
+        publish.save_adapter(folder, base, config, frozen, *base.method.bind(frozen, base.layout.place(trainable)))
     except UserError as error:
         say(f"no adapter/ is written: {error}")
         return None

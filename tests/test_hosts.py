@@ -201,6 +201,25 @@ def test_processes_meet_and_end_together(tmp_path, environment):
         assert err.splitlines()[-1].endswith(f"; {hosts.AGAIN}")
 
 
+def finish(jobs, root, wait_for=""):
+    """What tests/hosts_processes.py says of these jobs; one that is to be lost dies once there is such a path."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "hosts_processes.py"), json.dumps(jobs)],
+        cwd=root,
+        env=os.environ | {"XLA_FLAGS": " ".join(flags), "WAIT_FOR": wait_for},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, _ = process.communicate(timeout=TIMEOUT)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return json.loads(out)
+
+
 @pytest.fixture(scope="module")
 def runs(folder, tmp_path_factory):  # noqa: F811
     """A folder in which two processes have trained until one was killed, and four have gone on; beside it one's run."""
@@ -215,21 +234,7 @@ def runs(folder, tmp_path_factory):  # noqa: F811
         {"name": "four", "count": 4, "devices": 1, "arguments": ["train", *config, workdir]},
         {"name": "eval", "count": 2, "devices": 2, "arguments": ["eval", workdir, "--split=validation"]},
     ]
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "hosts_processes.py"), json.dumps(jobs)],
-        cwd=root,
-        env=os.environ | {"XLA_FLAGS": " ".join(flags), "WAIT_FOR": f"{root}/w/checkpoints/3"},
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, _ = process.communicate(timeout=TIMEOUT)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return root, alone, json.loads(out)
+    return root, alone, finish(jobs, root, wait_for=f"{root}/w/checkpoints/3")
 
 
 def test_one_lost_ends_the_others_with_a_word(runs):

@@ -3,10 +3,10 @@
 import hashlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prefix_tuning import hosts
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import loading
 from prefix_tuning.types import Model, Params
@@ -27,7 +27,7 @@ def fingerprint(model: Model, frozen: Params) -> str | None:
             return None
         picked = np.linspace(0, leaf.size - 1, min(SAMPLE, leaf.size)).astype(np.int64)
         # By its own axes, so that a sharded weight stays in its shards.
-        sample = np.asarray(jax.device_get(leaf[np.unravel_index(picked, leaf.shape)])).astype(jnp.bfloat16)
+        sample = np.asarray(hosts.fetch(leaf[np.unravel_index(picked, leaf.shape)])).astype(jnp.bfloat16)
         found.update(f"{'/'.join(path)} {leaf.shape}".encode())
         found.update(sample.tobytes())
     return found.hexdigest()[:32]
