@@ -14,7 +14,7 @@ from prefix_tuning import evaluate, hosts, parallel, publish, setup
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.decode import DecodeConfig, make_generate
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.files import read_json, read_text, replace, write_json
+from prefix_tuning.files import guarded, read_json, read_text, replace, write_json
 from prefix_tuning.interop import kv, merged, peft, reading
 from prefix_tuning.interop.base import fingerprint
 from prefix_tuning.methods import compose
@@ -199,7 +199,24 @@ def evaluate_workdir(workdir: str, split: str) -> dict[str, Any]:
 
 
 def generate_file(workdir: str, source: str, output: str) -> int:
-    """Reads JSON lines with `source`, writes them with `prediction`, in order; returns how many."""
+    """Reads JSON lines with `source`, writes them with `prediction`, in order; returns how many.
+
+    Of several hosts the first one reads and writes.
+    """
+    rows = hosts.agreed(lambda: read_sources(source, output))
+    config, base, frozen, trainable, _ = open_workdir(workdir)
+    section = call("evaluation", setup.Evaluation, config["evaluation"])
+    prompts = setup.make_prompts(base, rows)
+    write = evaluate.make_writer(base, section.batch_size)
+    predictions = write(*base.method.bind(frozen, trainable), prompts, config["seed"])
+    done = [row | {"prediction": prediction} for row, prediction in zip(rows, predictions, strict=True)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done)
+    hosts.agreed(lambda: guarded(Path(output).parent, lambda: replace(Path(output), text)))
+    return len(done)
+
+
+def read_sources(source: str, output: str) -> list[dict[str, Any]]:
+    """The objects of a file for `generate_file`; raises `UserError` for what is none, or could not be written."""
     rows = []
     for number, line in enumerate(read_text(source).splitlines(), start=1):
         if not line.strip():
@@ -214,15 +231,7 @@ def generate_file(workdir: str, source: str, output: str) -> int:
         raise UserError(f"{source} is empty; expected JSON lines with 'source'")
     if not Path(output).resolve().parent.is_dir():
         raise UserError(f"cannot write {output}: its folder does not exist")
-    config, base, frozen, trainable, _ = open_workdir(workdir)
-    section = call("evaluation", setup.Evaluation, config["evaluation"])
-    prompts = setup.make_prompts(base, rows)
-    write = evaluate.make_writer(base, section.batch_size)
-    predictions = write(*base.method.bind(frozen, trainable), prompts, config["seed"])
-    done = [row | {"prediction": prediction} for row, prediction in zip(rows, predictions, strict=True)]
-    if hosts.primary():
-        replace(Path(output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done))
-    return len(done)
+    return rows
 
 
 def export_workdir(

@@ -229,10 +229,18 @@ def runs(folder, tmp_path_factory):  # noqa: F811
     )
     config = [f"--config={folder}/config.py", *(f"--config.{key}={value}" for key, value in SHORT.items())]
     workdir = f"--workdir={root}/w"
+    files = [f"--input={folder}/data/test.jsonl", f"--output={root}/out.jsonl"]
     jobs = [
         {"name": "two", "count": 2, "devices": 1, "arguments": ["train", *config, workdir], "lose": 1},
         {"name": "four", "count": 4, "devices": 1, "arguments": ["train", *config, workdir]},
         {"name": "eval", "count": 2, "devices": 2, "arguments": ["eval", workdir, "--split=validation"]},
+        {"name": "generate", "count": 2, "devices": 1, "arguments": ["generate", workdir, *files]},
+        {
+            "name": "nowhere",
+            "count": 2,
+            "devices": 1,
+            "arguments": ["generate", workdir, files[0], "--output=no/where"],
+        },
     ]
     return root, alone, finish(jobs, root, wait_for=f"{root}/w/checkpoints/3")
 
@@ -277,6 +285,25 @@ def test_an_evaluation_is_shared_out(runs):
     assert told == api.evaluate_workdir(root / "w", "validation")
     assert read_lines(root / "w" / "predictions" / "validation.jsonl") == predictions
     assert (root / "eval.1.out").read_text() == ""
+
+
+def test_what_is_generated_is_one_file_in_order(runs):
+    root, _, ends = runs
+    assert ends["generate"][0] == [0, 0], (root / "generate.0.err").read_text()
+    wanted = read_lines(next((root / "w" / "predictions").glob("test_*.jsonl")))
+    found = read_lines(root / "out.jsonl")
+    assert [row["source"] for row in found] == [row["source"] for row in wanted]
+    assert [row["prediction"] for row in found] == [row["prediction"] for row in wanted]
+    assert (root / "generate.0.out").read_text() == f"{len(found)} lines written to {root}/out.jsonl\n"
+    assert (root / "generate.1.out").read_text() == ""
+
+
+def test_what_cannot_be_written_ends_all(runs):
+    root, _, ends = runs
+    assert ends["nowhere"][0] == [1, 1]
+    for index in range(2):
+        last = (root / f"nowhere.{index}.err").read_text().splitlines()[-1]
+        assert last == "error: cannot write no/where: its folder does not exist"
 
 
 def test_the_first_process_speaks_for_all(runs):

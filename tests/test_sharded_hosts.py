@@ -1,5 +1,6 @@
 """Weights split over the devices of two processes: all is as in one, which may begin or finish what two have not."""
 
+import json
 import types
 
 import jax
@@ -54,13 +55,15 @@ def runs(folder, tmp_path_factory):  # noqa: F811
         with pytest.raises(Interrupted):
             loop.train(told(split, SHORT | PREFIX | {"mesh.model": 2}), root / "prefix")
     sources = [row["source"] for row in read_lines(folder / "data" / "test.jsonl")]
-    (root / "in.jsonl").write_text("".join(f'{{"source": "{source}"}}\n' for source in sources))
+    (root / "in.jsonl").write_text("".join(json.dumps({"source": source}) + "\n" for source in sources))
+    generate = ["generate", f"--input={root}/in.jsonl", f"--output={root}/out.jsonl"]
     two = {"count": 2, "devices": 2}
     train = ["train", f"--config={split}", *flags(SHORT | PREFIX), "--config.mesh.model=2", f"--workdir={root}/prefix"]
     lost = ["train", f"--config={split}{tune}", *flags(SHORT | TUNED), f"--workdir={root}/tuned"]
     jobs = [
         {"name": "lost", **two, "arguments": lost, "lose": 1},
         {"name": "train", **two, "arguments": train},
+        {"name": "generate", **two, "arguments": [*generate, f"--workdir={root}/prefix"]},
     ]
     ends = finish(jobs, root, wait_for=f"{root}/tuned/checkpoints/3")
     loop.train(told(split + tune, SHORT | TUNED | {"mesh.model": 2}), root / "tuned")
@@ -109,6 +112,16 @@ def test_two_processes_finish_what_one_has_begun(runs):
     for key, value in theirs.items():
         np.testing.assert_allclose(ours[key], value, rtol=0, atol=1e-5)
     assert (root / "train.1.out").read_text() == ""
+
+
+def test_two_processes_write_one_file_in_order(runs):
+    root, ends = runs
+    assert ends["generate"][0] == [0, 0], (root / "generate.0.err").read_text()
+    assert (root / "generate.0.out").read_text().startswith("10 lines written")
+    assert (root / "generate.1.out").read_text() == ""
+    wanted = read_lines(root / "prefix" / "predictions" / "test_8.jsonl")
+    keys = ("source", "prediction")
+    assert read_lines(root / "out.jsonl") == [{key: row[key] for key in keys} for row in wanted]
 
 
 @pytest.mark.parametrize(
