@@ -195,7 +195,15 @@ def has(array: Any) -> bool:
 
 def fetch(tree: Any) -> Any:
     """`jax.device_get`, also of arrays that no process has all of; all must call it, and all get all."""
-    return jax.tree.map(lambda x: jax.device_get(x) if has(x) else collect(x), tree)
+
+    def read(x: Any) -> Any:
+        if has(x):
+            return jax.device_get(x)
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(collect(jax.random.key_data(x)))
+        return collect(x)
+
+    return jax.tree.map(read, tree)
 
 
 def collect(array: jax.Array) -> np.ndarray:
@@ -215,7 +223,10 @@ def take(array: jax.Array, start: int, rows: int, where: NamedSharding) -> jax.A
 
 
 def spread(tree: Any, where: Any) -> Any:
-    """`jax.device_put` of what every process has, onto devices of several: each puts there what is its own's."""
+    """`jax.device_put` of what every process has, onto devices of several: each puts there what is its own's.
+
+    `where` is one sharding for all, or a tree of them.
+    """
 
     def put(x: Any, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable or not has(x):
@@ -225,7 +236,7 @@ def spread(tree: Any, where: Any) -> Any:
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(put, tree, where)
+    return jax.tree.map(put, tree, jax.tree.map(lambda _: where, tree) if isinstance(where, NamedSharding) else where)
 
 
 def largest(number: int) -> int | jax.Array:

@@ -16,7 +16,7 @@ from prefix_tuning.errors import UserError, valid
 from prefix_tuning.registry import call
 from prefix_tuning.types import Batch, Params, Spec
 
-AXIS, MODEL = "data", "model"
+AXIS, MODEL, HOSTS = "data", "model", "hosts"
 # Mesh axis -> the logical axes of a weight that it may split, the first that it divides.  A weight that has none of
 # them, or none that it divides, is whole on all devices along that mesh axis: 9 heads on 4 devices are no error.
 RULES = {
@@ -29,6 +29,39 @@ WHOLE = PartitionSpec()
 def mesh() -> Mesh:
     """All local devices in a row."""
     return Mesh(np.asarray(jax.local_devices()), (AXIS,))
+
+
+def everywhere() -> Mesh:
+    """The devices of all processes [hosts data]."""
+    return Mesh(np.asarray(devices()).reshape(jax.process_count(), -1), (HOSTS, AXIS))
+
+
+def devices() -> list[jax.Device]:
+    """Those of all processes, one process after the other."""
+    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+
+
+def joined(tree: Any, mesh: Mesh) -> Any:
+    """What `place` made in every process, as arrays on the devices of all: nothing is copied."""
+    where = NamedSharding(mesh, WHOLE)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jax.make_array_from_single_device_arrays(x.shape, where, [shard.data for shard in x.addressable_shards])
+
+    return jax.tree.map(join, tree)
+
+
+def assembled(array: np.ndarray, where: NamedSharding, axis: int, part: Part) -> jax.Array:
+    """An array on the devices of all processes, of which each has a `part` along an axis."""
+    own = array.shape[axis]
+    shape = (*array.shape[:axis], own * part.count, *array.shape[axis + 1 :])
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[axis].indices(shape[axis])
+        here = slice(start - part.index * own, stop - part.index * own)
+        return array[(*index[:axis], here, *index[axis + 1 :])]
+
+    return jax.make_array_from_callback(shape, where, shard)
 
 
 def place(tree: Any) -> Any:
@@ -124,8 +157,7 @@ class Sharded:
     def __init__(self, specs: Params, data: int, model: int):
         """For the weights that `specs` describe, on data x model devices."""
         # Those of a process stand side by side, along `model` first: what is exchanged most stays within a host.
-        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-        self.mesh = Mesh(np.asarray(devices).reshape(data, model), (AXIS, MODEL))
+        self.mesh = Mesh(np.asarray(devices()).reshape(data, model), (AXIS, MODEL))
         leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, Spec))
         self.specs = {names(path): spec for path, spec in leaves}
 
@@ -170,14 +202,7 @@ class Sharded:
 
     def split_rows(self, array: np.ndarray, axis: int = 0, part: Part = ALL_ROWS) -> jax.Array:
         """An array with its rows, on this axis, spread over the mesh's data axis; the given ones are this `part`."""
-        own = array.shape[axis]
-        shape = (*array.shape[:axis], own * part.count, *array.shape[axis + 1 :])
-
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[axis].indices(shape[axis])
-            return array[(slice(None),) * axis + (slice(start - part.index * own, stop - part.index * own),)]
-
-        return jax.make_array_from_callback(shape, self.on(PartitionSpec(*[None] * axis, AXIS)), shard)
+        return assembled(array, self.on(PartitionSpec(*[None] * axis, AXIS)), axis, part)
 
     def split_batch(self, batch: dict[str, np.ndarray], accumulate: int = 1) -> Batch:
         """Leaves [B ...], this process's part, as [A B/A ...] of all, ready for `train_step`."""

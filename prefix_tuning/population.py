@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from prefix_tuning import parallel, setup
+from prefix_tuning import hosts, parallel, setup
 from prefix_tuning.errors import UserError
 from prefix_tuning.optimizer import make_optimizer
 from prefix_tuning.train_step import Sums, make_train_step
@@ -162,8 +162,8 @@ class Single:
 
 
 class Population:
-    """K runs in one step.  Their K parameters are spread over the local devices where K is a multiple of those, and
-    else each batch's rows are."""
+    """K runs in one step.  Of each host's devices, their K parameters are spread over them where K is a multiple of
+    those, and else its rows of each batch are."""
 
     def __init__(
         self,
@@ -187,20 +187,23 @@ class Population:
                 own = {"mask": jnp.arange(max(lengths)) < length}
                 adaptation = bases[number].method.bind(self.prepared[number], self.like[number].trainable)[1]
                 extra[OWN] = own if adaptation.shift is None else own | {"shift": adaptation.shift}
-        self.devices = jax.local_device_count()
-        self.by_member = len(configs) % self.devices == 0
-        self.rows = 1 if self.by_member else self.devices  # parts of a batch
-        over = NamedSharding(parallel.mesh(), PartitionSpec(parallel.AXIS if self.by_member else None))
+        self.mesh = parallel.everywhere()
+        by_member = len(configs) % self.mesh.shape[parallel.AXIS] == 0
+        self.rows = 1 if by_member else self.mesh.shape[parallel.AXIS]  # parts of a host's share of a batch
+        # Mesh axes that runs are spread over, and that the parts of batches are.
+        self.over_runs = parallel.AXIS if by_member else None
+        self.over_parts = parallel.HOSTS if by_member else (parallel.HOSTS, parallel.AXIS)
+        over, whole = (NamedSharding(self.mesh, PartitionSpec(axis)) for axis in (self.over_runs, None))
         self.sharding = over
         self.weights = parallel.place(weights)
         self.extras = [jax.tree.map(padded, extra, extras[widest]) for extra in extras]
-        stacked = jax.device_put(jax.tree.map(lambda *xs: jnp.stack(xs), *self.extras), over)
-        self.frozen = self.weights | stacked
-        self.rates = jax.device_put(jnp.array([c["optimizer"]["learning_rate"] for c in configs], jnp.float32), over)
+        stacked = hosts.spread(jax.tree.map(lambda *xs: jnp.stack(xs), *self.extras), over)
+        self.frozen = parallel.joined(self.weights, self.mesh) | stacked
+        self.rates = hosts.spread(np.array([c["optimizer"]["learning_rate"] for c in configs], np.float32), over)
         self.alike = len({config["seed"] for config in configs}) == 1  # and so the batches
-        axes = dict.fromkeys(self.weights) | dict.fromkeys(stacked, 0)
+        axes = dict.fromkeys(weights) | dict.fromkeys(stacked, 0)
         step = jax.vmap(self.one, in_axes=(axes, 0, None if self.alike else 0, 0))
-        self.step = jax.jit(step, donate_argnums=1, out_shardings=(over, over))
+        self.step = jax.jit(step, donate_argnums=1, out_shardings=(over, whole))
         self.state: TrainState | None = None
 
     def one(self, frozen: Params, state: TrainState, batch: Any, rate: Array) -> tuple[TrainState, Sums]:
@@ -218,19 +221,18 @@ class Population:
     def start(self, states: Sequence[TrainState]) -> None:
         """As in `Single`."""
         whole = [jax.tree.map(padded, state, self.shapes) for state in states]
-        self.state = jax.device_put(jax.tree.map(lambda *xs: jnp.stack(xs), *whole), self.sharding)
+        self.state = hosts.spread(jax.tree.map(lambda *xs: jnp.stack(xs), *whole), self.sharding)
 
     def batches(self, first: int) -> Iterator[Any]:
         """As in `Single`; runs with one seed share their batches, those of others are padded to one shape."""
-        accumulate = self.runs[0].train.accumulate
-        axis = parallel.AXIS if not self.by_member else None
+        accumulate, part = self.runs[0].train.accumulate, self.bases[0].layout.part()
         if self.alike:
-            where = NamedSharding(parallel.mesh(), PartitionSpec(axis))
+            where = NamedSharding(self.mesh, PartitionSpec(self.over_parts))
             for batch in self.runs[0].data.batches(first):
-                yield jax.device_put(parallel.split_batch(batch, accumulate, self.rows), where)
+                parts = parallel.split_batch(batch, accumulate, self.rows)
+                yield jax.tree.map(lambda x: parallel.assembled(x, where, 0, part), parts)
             return
-        member = parallel.AXIS if self.by_member else None
-        where = NamedSharding(parallel.mesh(), PartitionSpec(member, axis))
+        where = NamedSharding(self.mesh, PartitionSpec(self.over_runs, self.over_parts))
         seeds = [config["seed"] for config in self.configs]
         streams = {seed: run.data for seed, run in zip(seeds, self.runs, strict=True)}
         for found in zip(*(data.batches(first) for data in streams.values()), strict=True):
@@ -240,7 +242,7 @@ class Population:
                 parallel.split_batch({n: padded(x, widest[n]) for n, x in batch[seed].items()}, accumulate, self.rows)
                 for seed in seeds
             ]
-            yield jax.device_put(jax.tree.map(lambda *xs: np.stack(xs), *parts), where)
+            yield jax.tree.map(lambda *xs: parallel.assembled(np.stack(xs), where, 1, part), *parts)
 
     def widest(self, found: Sequence[Batches]) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes that several batches are padded to: few, since N is a function of T alone."""
@@ -264,8 +266,9 @@ class Population:
 
     def states(self) -> list[TrainState]:
         """As in `Single`, without the padding."""
+        state = hosts.fetch(self.state) if hosts.count() > 1 else self.state
         cut = lambda number: lambda x, like: x[number][tuple(map(slice, like.shape))]  # noqa: E731
-        return [jax.tree.map(cut(i), self.state, like) for i, like in enumerate(self.like)]
+        return [jax.tree.map(cut(i), state, like) for i, like in enumerate(self.like)]
 
     def own(self, number: int) -> Params:
         """As in `Single`."""

@@ -114,8 +114,6 @@ def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | P
     bases[0].layout.check_rows(evaluation.batch_size)
     check_selection(runs[0])
     if len(configs) > 1:
-        if hosts.count() > 1:
-            raise UserError(f"{len(configs)} runs cannot train together on {hosts.count()} hosts; expected one run")
         population.check(configs, bases, runs)
     for config, workdir in zip(configs, workdirs, strict=True):
         check_config(workdir, config)
@@ -146,7 +144,8 @@ def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | P
         first, total = int(states[0].step), runs[0].data.total_steps
         # What has begun to differ, in data or weights, would never be noticed: every host adds to the same gradient.
         if hosts.count() > 1:
-            own = list(filter(hosts.has, jax.tree.leaves(plain(states[0]))))  # the others are one array of all hosts
+            # What lies on several hosts is one array of all.
+            own = [x for x in jax.tree.leaves(list(map(plain, states))) if hosts.has(x)]
             config = zlib.crc32(json.dumps(configs, sort_keys=True).encode())
             hosts.same(config=config, steps=total, step=first, state=checksum(own))
         for number, member in enumerate(members):
