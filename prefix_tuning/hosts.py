@@ -89,6 +89,8 @@ def start(hosts: str | None, environment: Mapping[str, str] = os.environ) -> Non
     if address is not None:
         options |= {"coordinator_address": address, "num_processes": count, "process_id": index}
         options |= {"cluster_detection_method": "deactivate"}
+    elif alone_on_node(environment):
+        options |= {"local_device_ids": []}  # all of them; JAX would take the first one of each Slurm task's node
     where = f"{address}, {count} of them" if address else "an address that it finds by itself"
     say_at_death(f"error: JAX has not seen all processes at {where}, within {ARRIVE} s; {AGAIN}")
     try:
@@ -130,6 +132,12 @@ def asked(hosts: str | None, environment: Mapping[str, str]) -> tuple[str | None
     if parsed is None or not int(parsed[3]) < int(parsed[2]):
         raise UserError(f"--hosts={text!r}; expected auto, or ADDRESS:PORT,COUNT,INDEX with an INDEX from 0 to COUNT-1")
     return (parsed[1], int(parsed[2]), int(parsed[3])) if int(parsed[2]) > 1 else None
+
+
+def alone_on_node(environment: Mapping[str, str]) -> bool:
+    """Whether each node of a step of Slurm has one task, and nobody has said which devices are its own."""
+    tasks = re.sub(r"\(x\d+\)", "", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return set(tasks.split(",")) == {"1"} and not environment.get("JAX_LOCAL_DEVICE_IDS")
 
 
 def count() -> int:

@@ -132,6 +132,20 @@ def test_where_jax_finds_nobody_it_is_one_line(monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("tasks", "restricted"),
+    [("1(x2)", False), ("1,1(x3)", False), ("8(x2)", True), ("1(x2),2", True), ("", True)],
+)
+def test_a_task_that_has_its_node_alone_takes_all_devices(monkeypatch, tasks, restricted):
+    """JAX takes a Slurm task's number on its node for that of its device."""
+    told = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: told.update(options) or 1 / 0)
+    with pytest.raises(UserError, match="division by zero"):
+        hosts.start(None, SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks})
+    assert told.get("local_device_ids") == (None if restricted else [])
+    assert not hosts.alone_on_node({"SLURM_STEP_TASKS_PER_NODE": "1", "JAX_LOCAL_DEVICE_IDS": "3"})
+
+
 def test_a_single_process_starts_nothing(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", None)
     hosts.start(None, {})
