@@ -1,6 +1,7 @@
 """One step body on many devices, also of several processes: replicated, everything on each and batches split over their
 rows; or sharded, the weights split as well, by rules that are data."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -241,6 +242,14 @@ class Sharded:
 
 
 Layout = Replicated | Sharded
+
+
+def told_of(weights: Params) -> contextlib.AbstractContextManager:
+    """In which what is traced knows the mesh that weights are split over, if they are, as `Sharded.told` says."""
+    where = getattr(jax.tree.leaves(weights)[0], "sharding", None)
+    if not isinstance(where, NamedSharding):
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(where.mesh.abstract_mesh)
 
 
 def names(path: tuple) -> tuple[str, ...]:
