@@ -77,7 +77,7 @@ def start_from(config: dict[str, Any], begin: Callable[[setup.Base], Begin], wor
     make = begin(base)
     run = setup.make_run(config, base)
     base.layout.check_rows(run.train.batch_size, run.train.accumulate)
-    check_config(workdir, config)
+    check_config(workdir, config, setup.usual(config))
     place = Path(workdir) / "checkpoints"
     if place.is_dir() and any(place.iterdir()):
         raise UserError(f"{workdir} has checkpoints already; expected a new workdir")

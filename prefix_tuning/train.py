@@ -116,7 +116,7 @@ def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | P
     if len(configs) > 1:
         population.check(configs, bases, runs)
     for config, workdir in zip(configs, workdirs, strict=True):
-        check_config(workdir, config)
+        check_config(workdir, config, setup.usual(config))
     summaries = hosts.agreed(
         lambda: {str(w): read_json(Path(w) / SUMMARY, WORKDIR) for w in workdirs if (Path(w) / SUMMARY).exists()}
     )
