@@ -19,7 +19,7 @@ from prefix_tuning import data, decode, optimizer, parallel, setup
 from prefix_tuning.evaluate import MULTIPLE
 from prefix_tuning.interop import peft
 from prefix_tuning.train_step import make_train_step
-from prefix_tuning.types import Params, TrainState
+from prefix_tuning.types import Adaptation, Params, TrainState
 
 
 def training_rows(config: dict[str, Any]) -> Dataset:
@@ -53,15 +53,16 @@ class Side:
 
     def __init__(self, task: dict[str, Any]):
         self.task, self.config = task, task["config"]
-        self.base: setup.Base | None = None
+        self.base = setup.make_base(self.config)
         self.frozen: Params | None = None
         self.trainable: Params | None = None
         self.step: Callable | None = None
         self.generators: dict[int, Callable] = {}  # by the number of beams
+        self.bound: tuple[Params, Adaptation] | None = None  # what they read
 
     def load(self) -> dict[str, Any]:
         """The model with its adapter, ready."""
-        self.base = base = setup.make_base(self.config)
+        base = self.base
         self.frozen = parallel.place(setup.load_weights(base, self.config))
         adaptation = peft.load_adapter(self.task["adapter"], base.model, self.frozen)
         trainable = base.bare.adopt(base.model, self.frozen, adaptation)
@@ -90,8 +91,10 @@ class Side:
         if beams not in self.generators:
             options = {"max_new_tokens": new, "min_new_tokens": new, "end_tokens": tuple(end), "num_beams": beams}
             self.generators[beams] = decode.make_generate(self.base.model, decode.DecodeConfig(**options, pad_token=0))
-        bound = self.base.method.bind(self.frozen, self.trainable)
-        return {"tokens": np.asarray(self.generators[beams](*bound, tokens, lengths)[0]).tolist()}
+            # Once for all batches, as `evaluate` does.
+            params, adaptation = self.base.method.bind(self.frozen, self.trainable)
+            self.bound = decode.ready(params, self.base.model), adaptation
+        return {"tokens": np.asarray(self.generators[beams](*self.bound, tokens, lengths)[0]).tolist()}
 
     def memory(self) -> dict[str, Any]:
         """MiB held at most and still free, of the accelerator if there is one."""

@@ -13,7 +13,7 @@ import numpy as np
 from prefix_tuning import evaluate, hosts, publish, setup
 from prefix_tuning import parallel as layouts
 from prefix_tuning.checkpoint import Checkpoints
-from prefix_tuning.decode import DecodeConfig, make_generate
+from prefix_tuning.decode import DecodeConfig, make_generate, ready
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import guarded, read_json, read_text, replace, write_json
 from prefix_tuning.interop import kv, merged, peft, reading
@@ -121,6 +121,7 @@ def generate(
     ends = options.pop("end_tokens", () if end is None else (end,) if isinstance(end, int) else tuple(end))
     config = call("generate", DecodeConfig, {"end_tokens": ends, "pad_token": ends[0] if ends else 0} | options)
     run = generator(HashableModel(model), config)
+    frozen = ready(frozen, model)
     with layouts.told_of(frozen):
         new, counts = jax.device_get(run(frozen, adaptation or Adaptation(), tokens, lengths, jax.random.key(seed)))
     return [[int(i) for i in new[b, :n] if int(i) not in ends] for b, n in enumerate(counts)]

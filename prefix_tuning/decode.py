@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,7 +14,7 @@ from jax import Array
 
 from prefix_tuning import nn
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.types import KV, Adaptation, Cache, Model, Params
+from prefix_tuning.types import Adaptation, Cache, Model, Params
 
 NORMALISERS = ("generated", "full")
 
@@ -68,22 +70,21 @@ class DecodeConfig:
                 raise UserError(f"{', '.join(idle)} would do nothing; expected {condition} beside it")
 
 
-def make_generate(model: Model, config: DecodeConfig) -> Callable[..., tuple[Array, Array]]:
+def make_generate(
+    model: Model, config: DecodeConfig, *, jit: Callable[..., Callable] = jax.jit
+) -> Callable[..., tuple[Array, Array]]:
     """Makes `generate(params, adaptation, tokens [B T], lengths [B], key=None) -> (new tokens [B N], lengths [B])`.
 
     Prompts, to an encoder-decoder its sources, are padded on the right to T and have at least one token.  A new length
-    counts the end token, after which `pad_token` follows.  It is jitted, one trace per (B, T); only sampling needs a
-    key.  Raises `UserError` for token ids that the model lacks, and when traced for a prompt that leaves too few
-    positions.
+    counts the end token, after which `pad_token` follows.  It is compiled by `jit`, one trace per (B, T); only sampling
+    needs a key.  Weights whose layers are `nn.apart` are read fastest.  Raises `UserError` for token ids that the model
+    lacks, and when traced for a prompt that leaves too few positions.
     """
     check(model, config)
 
-    @jax.jit
     def generate(
         params: Params, adaptation: Adaptation, tokens: Array, lengths: Array, key: Array | None = None
     ) -> tuple[Array, Array]:
-        if not model.scan:
-            params = nn.apart(params, model)
         if config.num_beams > 1:
             new, _ = beam_search(model, config, params, adaptation, tokens, lengths)
         else:
@@ -91,7 +92,32 @@ def make_generate(model: Model, config: DecodeConfig) -> Callable[..., tuple[Arr
         ended = is_end(config, new)
         return new, jnp.where(ended.any(1), ended.argmax(1) + 1, config.max_new_tokens)
 
-    return generate
+    return jit(generate, compiler_options=compiler_options())
+
+
+def compiler_options() -> dict[str, str]:
+    """What XLA is told for decoding: on a CPU no products by YNNPACK, which are made for more rows than a step has."""
+    return {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else {}
+
+
+def ready(params: Params, model: Model) -> Params:
+    """The weights as `generate` reads them fastest, `nn.apart`, if memory has room for that copy; else as they are."""
+    leaves = jax.tree.leaves(params[model.layers("decoder")])
+    if not all(isinstance(x, Array) and x.is_fully_addressable for x in leaves):
+        return params  # several processes would each decide by their own memory
+    held = max(sum(x.addressable_data(n).nbytes for x in leaves) for n in range(len(leaves[0].addressable_shards)))
+    free = free_memory()
+    return params if free is not None and held > free else nn.apart(params, model)
+
+
+def free_memory() -> int | None:
+    """The bytes that every local device still has, of a CPU those of its host; None where nobody says so."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
+    information = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s*(\d+) kB", information.read_text()) if information.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def check(model: Model, config: DecodeConfig) -> None:
@@ -148,8 +174,8 @@ def sample(
 
     def body(state):
         step, new, done, cache = state
-        logits, cache = model.decode(params, adaptation, cache, new[:, step - 1])
-        return *extend(step, new, done, logits), cache
+        logits, cache = model.decode(params, adaptation, cache, new[:, step - 1][:, None])
+        return *extend(step, new, done, logits[:, 0]), cache
 
     empty = jnp.full((rows, N), config.pad_token, jnp.int32)
     first = extend(jnp.int32(0), empty, jnp.zeros(rows, bool), logits)
@@ -175,7 +201,7 @@ def beam_search(
     logits, cache = prefill(model, config, params, adaptation, tokens, lengths)
     tokens, lengths = starts(model, tokens, lengths)
     T = tokens.shape[1]
-    logits, cache, adaptation = jnp.repeat(logits, W, axis=0), repeat_cache(cache, W), repeat_own(adaptation, W)
+    logits, cache = jnp.repeat(logits, W, axis=0), repeat_written(cache, W)
     # Computed once, so that equal lengths divide by equal numbers: an ulp apart, ties would be decided by chance.
     powers = jnp.asarray(np.maximum(np.arange(T + N + 1), 1) ** config.length_penalty, jnp.float32)
     empty, none = jnp.full((B, W, N), config.pad_token, jnp.int32), jnp.full((B, W), -jnp.inf)
@@ -194,8 +220,8 @@ def beam_search(
 
     def body(state):
         step, beams, cache = state
-        cache = reorder(cache, beams.parents, T)
-        logits, cache = model.decode(params, adaptation, cache, beams.running[:, :, step - 1].reshape(B * W))
+        logits, cache = model.decode(params, adaptation, reorder(cache, beams.parents), beams.running[:, :, step - 1])
+        logits = logits.reshape(B * W, -1)
         return step + 1, extend_beams(config, powers, beams, tokens, lengths, logits, step), cache
 
     first = extend_beams(config, powers, start, tokens, lengths, logits, jnp.int32(0))
@@ -274,7 +300,7 @@ def prefill(
         raise UserError(
             f"{sizes} {longest} positions; expected at most {model.max_positions}, which is what the model knows"
         )
-    return model.prefill(params, adaptation, tokens, lengths, new if apart else length + new)
+    return model.prefill(params, adaptation, tokens, lengths, new)
 
 
 def forbid(config: DecodeConfig, scores: Array, step: Array) -> Array:
@@ -328,43 +354,15 @@ def pick(x: Array, index: Array) -> Array:
     return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
-def repeat_cache(cache: Cache, beams: int) -> Cache:
-    """A cache of B rows as one of B*W, row b W times in succession; what an encoder read stays one copy a source."""
-    return cache.replace(
-        k=jnp.repeat(cache.k, beams, axis=1),
-        v=jnp.repeat(cache.v, beams, axis=1),
-        valid=jnp.repeat(cache.valid, beams, axis=0),
-        position=jnp.repeat(cache.position, beams, axis=0),
-        prompt=None if cache.prompt is None else repeat_kv(cache.prompt, beams),
-    )
+def repeat_written(cache: Cache, beams: int) -> Cache:
+    """A cache of what B rows have written as one of B*W, row b W times in succession."""
+    k, v = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=x.ndim - 4), (cache.k, cache.v))
+    return cache.replace(k=k, v=v)
 
 
-def repeat_own(adaptation: Adaptation, beams: int) -> Adaptation:
-    """The adaptation for B*W rows: what is shared stays one copy, what each row has for itself is repeated.
-
-    Slots of cross attention stay as they are, beside the sources.
-    """
-    own = adaptation.decoder.kv and {
-        site: kv if site == "cross" else repeat_kv(kv, beams) for site, kv in adaptation.decoder.kv.items()
-    }
-    shift = jax.tree.map(lambda x: jnp.repeat(x, beams) if x.ndim == 1 else x, adaptation.shift)
-    # The prompt has become keys and values in the cache, and only a number of positions is still asked of it.
-    prompt = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0) if x.ndim == 3 else x, adaptation.prompt)
-    return adaptation.replace(decoder=adaptation.decoder.replace(kv=own), shift=shift, prompt=prompt)
-
-
-def repeat_kv(kv: KV, beams: int) -> KV:
-    """Keys and values of B rows for B*W rows; shared ones stay one copy."""
-    mask = kv.mask
-    if kv.k.ndim == 5:
-        kv = kv.replace(k=jnp.repeat(kv.k, beams, axis=1), v=jnp.repeat(kv.v, beams, axis=1))
-    return kv if mask is None or mask.ndim == 2 else kv.replace(mask=jnp.repeat(mask, beams, axis=1))
-
-
-def reorder(cache: Cache, parents: Array, prompt: int) -> Cache:
-    """The cache of B*W rows after row w of each prompt became a continuation of row parents [B W]."""
+def reorder(cache: Cache, parents: Array) -> Cache:
+    """The cache after beam w of each prompt became a continuation of beam parents [B W]."""
     B, W = parents.shape
     rows = (jnp.arange(B)[:, None] * W + parents).reshape(B * W)
-    # The beams of a prompt share it and their length, so they differ only in the slots after it.
-    k, v = (x.at[:, :, prompt:].set(x[:, rows, prompt:]) for x in (cache.k, cache.v))
+    k, v = jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), (cache.k, cache.v))
     return cache.replace(k=k, v=v)

@@ -9,7 +9,7 @@ import numpy as np
 
 from prefix_tuning import hosts, metrics
 from prefix_tuning.data import pipeline, tasks
-from prefix_tuning.decode import make_generate
+from prefix_tuning.decode import make_generate, ready
 from prefix_tuning.errors import UserError
 from prefix_tuning.parallel import Layout
 from prefix_tuning.setup import Base, Run, Split
@@ -56,7 +56,7 @@ def make_chooser(base: Base, batch_size: int, check: Callable) -> Write:
 
 def make_generator(base: Base, batch_size: int, check: Callable) -> Write:
     """Answers that are written."""
-    generate = base.layout.jit(make_generate(base.model, base.decode))
+    generate = make_generate(base.model, base.decode, jit=base.layout.jit)
     longest = base.model.max_positions
     if longest is not None:
         written = 0 if base.model.is_encoder_decoder else base.decode.max_new_tokens
@@ -64,6 +64,7 @@ def make_generator(base: Base, batch_size: int, check: Callable) -> Write:
 
     def write(params: Params, adaptation: Adaptation, prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
         texts: dict[int, str] = {}
+        params = ready(params, base.model)
         batches = pipeline.prompt_batches(prompts, batch_size=batch_size, multiple=MULTIPLE, longest=longest)
         for number, (indices, tokens, lengths) in hosts.shared_out(batches, check, apart=base.layout.apart):
             key = jax.random.fold_in(jax.random.key(seed), number)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.types import KV, Adaptation, LayerHooks, Layers, Model, Params, Sites, joined
+from prefix_tuning.types import KV, Adaptation, LayerHooks, Layers, Model, Params, Sites, parts
 
 ACTIVATIONS = {
     # Computed again for its derivative: cheaper than keeping what autodiff wants, three arrays as wide as the MLP.
@@ -22,6 +22,7 @@ ACTIVATIONS = {
 }
 
 DATA = "data"  # the axis of a mesh that rows are spread over
+Written = tuple[tuple[Array, ...], tuple[Array, ...]]  # keys and values, as `unwritten` makes them
 FEATURES = {"elu": jax.nn.elu, "gelu": ACTIVATIONS["gelu"]}  # of queries, for `Memory`
 
 
@@ -198,28 +199,111 @@ def over_layers(
     backward pass, which computes the rest again.
     """
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
-    parts, first, kept = layers if isinstance(layers, tuple) else (layers,), 0, []
-    for part in parts:
+    stack, first, kept = parts(layers), 0, []
+    for part in stack:
         depth = len(jax.tree.leaves(part)[0])
-        own = beside if len(parts) == 1 else jax.tree.map(lambda x, n=first, m=first + depth: x[n:m], beside)
+        own = beside if len(stack) == 1 else layers_of(beside, first, depth)
         carry, found = jax.lax.scan(body, carry, (part, own), unroll=1 if scan else depth)
         kept.append(found)
         first += depth
     return carry, kept[0] if len(kept) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *kept)
 
 
+def step_over_layers(
+    body: Callable[[Any, Any, KV, Array | None], tuple[Any, KV]], x: Any, layers: Layers, beside: Any, written: Written
+) -> tuple[Any, Written]:
+    """`over_layers` for a decoding step: `body(x, (weights, beside), cached, layer) -> (x, cached)`.
+
+    `beside` is in the parts that the layers lie in.  `cached` is the part [L R K N H] of the cache that the layer lies
+    in, and `layer` its number there: carried, not scanned over, so that XLA writes one slot in place instead of copying
+    every layer.  A part of one layer has cached [R K N H] and no number.
+    """
+    found = []
+
+    def one(carry, inputs):
+        number, *inputs = inputs
+        return body(carry[0], inputs, carry[1], number), None
+
+    for part, own, k, v in zip(parts(layers), beside, *written, strict=True):
+        depth = len(jax.tree.leaves(part)[0])
+        if depth == 1:
+            x, cached = body(x, jax.tree.map(lambda leaf: leaf[0], (part, own)), KV(k, v), None)
+        else:
+            (x, cached), _ = jax.lax.scan(one, (x, KV(k, v)), (jnp.arange(depth), part, own))
+        found.append((cached.k, cached.v))
+    return x, tuple(zip(*found, strict=True))
+
+
+def in_parts(tree: Any, layers: Layers) -> tuple[Any, ...]:
+    """A tree [L ...] in the parts that a stack of weights lies in."""
+    depths = [len(jax.tree.leaves(part)[0]) for part in parts(layers)]
+    return tuple(layers_of(tree, sum(depths[:n]), depth) for n, depth in enumerate(depths))
+
+
+def layers_of(tree: Any, first: int, depth: int) -> Any:
+    """So many layers of a tree [L ...]."""
+    return jax.tree.map(lambda x: x[first : first + depth], tree)
+
+
+def unwritten(layers: Layers, rows: int, slots: int, heads: tuple[int, int], dtype: jnp.dtype) -> Written:
+    """Room for keys and values of heads (K, H), as `step_over_layers` wants it for this stack of weights."""
+    depths = [len(jax.tree.leaves(part)[0]) for part in parts(layers)]
+    shape = rows, heads[0], slots, heads[1]
+    k, v = (tuple(jnp.zeros(shape if L == 1 else (L, *shape), dtype) for L in depths) for _ in "kv")
+    return k, v
+
+
+def write(cached: KV, k: Array, v: Array, layer: Array | None, slot: Array) -> tuple[KV, KV]:
+    """The cached keys and values with those of one token in each row, [B W K H], and then the layer's [R N K H].
+
+    For `cached` and `layer` see `step_over_layers`.
+    """
+
+    def put(old, new):
+        new = new.reshape(-1, new.shape[-2], 1, new.shape[-1])
+        if layer is None:
+            return jax.lax.dynamic_update_slice(old, new, (0, 0, slot, 0))
+        return jax.lax.dynamic_update_slice(old, new[None], (layer, 0, 0, slot, 0))
+
+    cached = KV(put(cached.k, k), put(cached.v, v))
+    return cached, slots_last(cached if layer is None else jax.tree.map(lambda x: x[layer], cached))
+
+
+def next_words(unembed: Callable[[Params, Array], Array], params: Params, hidden: Array) -> Array:
+    """The logits [R V] of hidden states [R D] at a decoding step.
+
+    Of at least 8 rows, the last repeated: for 2 to 7 XLA has a product on CPUs that takes eight times as long.
+    """
+    rows = len(hidden)
+    if not 1 < rows < 8:
+        return unembed(params, hidden)
+    return unembed(params, hidden[jnp.minimum(jnp.arange(8), rows - 1)])[:rows]
+
+
+def slots_last(kv: KV) -> KV:
+    """Keys and values [... S K H] as a cache keeps them, [... K S H], or the other way round."""
+    return jax.tree.map(lambda x: x.swapaxes(-2, -3), kv)
+
+
 def apart(params: Params, model: Model) -> Params:
-    """The weights with every layer a part of its own, copied once.
+    """The weights with every layer of the stack that writes a part of its own, copied; what is one stays where it is.
 
     A loop over steps then reads each layer where it is.  Out of a stack it would copy all of them at every step.
     """
-    split = {}
-    for stack, sites in model.sites.items():
-        layers = joined(params[model.layers(stack)])
-        split[model.layers(stack)] = tuple(
-            jax.tree.map(lambda x, n=number: x[n : n + 1], layers) for number in range(sites.layers)
-        )
-    return params | split
+    name = model.layers("decoder")
+    return params | {name: tuple(layer for part in parts(params[name]) for layer in single_layers(part))}
+
+
+def single_layers(part: Params) -> list[Params]:
+    """The layers of a part [L ...], each [1 ...]."""
+    depth = len(jax.tree.leaves(part)[0])
+    return [part] if depth == 1 else [layer_at(part, number) for number in range(depth)]
+
+
+@jax.jit
+def layer_at(part: Params, number: int) -> Params:
+    """One layer [1 ...] of a part [L ...]; compiled once for all numbers."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1), part)
 
 
 class Attention(NamedTuple):
@@ -244,6 +328,7 @@ def attend(
 ) -> Array:
     """Attention of q [B T K G H] over k, v [B S K H] where mask [B T S] allows, and over every slot of the prefixes.
 
+    Where each query has keys of its own, as beams have of what they wrote, k and v are [B*T S K H].
     A shared prefix [P K H] is never repeated over the batch: its scores and the real ones are arrays of their own under
     one softmax (He et al. 2021, eq. 5 is the same identity).  One with a `gate` has its own softmax and is added
     (Zhang et al. 2023, eq. 5-8); a `share` scales keys and values (UniPELT, Mao et al. 2022).  `bias` [K G T S] is
@@ -255,7 +340,7 @@ def attend(
     weights, total = exponentials([token_scores(q, k, mask, how, bias), *beside])
     late = v.dtype == jnp.float32  # in lower precision the weights are rounded, and so divided before
     weights = weights if late else [weight / total for weight in weights]
-    out = jnp.einsum("bkgts,bskh->btkgh", weights[0].astype(v.dtype), v)
+    out = token_values(weights[0], v)
     for prefix, weight in zip((p for p in prefixes if p.gate is None), weights[1:], strict=True):
         out = out + slot_values(weight, prefix, v.dtype)
     # Divided here, where it is smaller than the scores, and by an einsum, whose derivative is a product: XLA is slow at
@@ -277,17 +362,17 @@ def attend_hooked(
     hooks: LayerHooks,
     site: str,
     *,
-    before: KV | None = None,
+    before: Sequence[KV | None] = (),
     how: Attention = PLAIN,
     bias: Array | None = None,
 ) -> Array:
-    """`attend` with what one layer's hooks have at an attention site; `before` are the slots that a prompt became."""
-    return recall(attend(q, k, v, mask, slots_at(hooks, site, before), how=how, bias=bias), q, hooks, site)
+    """`attend` with what one layer's hooks have at an attention site; `before` are further slots, as a prompt's."""
+    return recall(attend(q, k, v, mask, slots_at(hooks, site, *before), how=how, bias=bias), q, hooks, site)
 
 
-def slots_at(hooks: LayerHooks, site: str, before: KV | None = None) -> list[KV]:
-    """All slots at an attention site before the first token: the prefix if there is one, then those of a prompt."""
-    return [kv for kv in ((hooks.kv or {}).get(site), before) if kv is not None]
+def slots_at(hooks: LayerHooks, site: str, *before: KV | None) -> list[KV]:
+    """All slots at an attention site before the tokens: the prefix if there is one, then what else there is."""
+    return [kv for kv in ((hooks.kv or {}).get(site), *before) if kv is not None]
 
 
 def scaled(q: Array, how: Attention) -> Array:
@@ -301,9 +386,25 @@ def capped(scores: Array, cap: float | None) -> Array:
 
 
 def token_scores(q: Array, k: Array, mask: Array, how: Attention, bias: Array | None = None) -> Array:
-    """float32 scores [B K G T S] of scaled queries q [B T K G H] and keys k [B S K H]; -inf outside mask [B T S]."""
-    scores = capped(jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32), how.softcap)
+    """float32 scores [B K G T S] of scaled queries and keys as `attend` has them; -inf outside mask [B T S]."""
+    if len(k) == len(q):
+        scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    else:  # each query has its own
+        rows = q.reshape(-1, *q.shape[2:])
+        scores = jnp.einsum("rkgh,rskh->rkgs", rows, k, preferred_element_type=jnp.float32)
+        scores = jnp.moveaxis(scores.reshape(*q.shape[:2], *scores.shape[1:]), 1, 3)
+    scores = capped(scores, how.softcap)
     return jnp.where(mask[:, None, None], scores if bias is None else scores + bias, -jnp.inf)
+
+
+def token_values(weights: Array, v: Array) -> Array:
+    """The values [B T K G H] that weights [B K G T S] make of v [B S K H] or, of each query's own, [B*T S K H]."""
+    weights = weights.astype(v.dtype)
+    if len(v) == len(weights):
+        return jnp.einsum("bkgts,bskh->btkgh", weights, v)
+    weights = jnp.moveaxis(weights, 3, 1)  # [B T K G S]
+    out = jnp.einsum("rkgs,rskh->rkgh", weights.reshape(-1, *weights.shape[2:]), v)
+    return out.reshape(*weights.shape[:2], *out.shape[1:])
 
 
 def slot_scores(q: Array, prefix: KV, how: Attention) -> Array:
@@ -317,8 +418,8 @@ def slot_scores(q: Array, prefix: KV, how: Attention) -> Array:
         scores = scores + prefix.bias
     if prefix.mask is None:
         return scores
-    mask = prefix.mask if prefix.mask.ndim == 1 else prefix.mask[:, None, None, None]
-    return jnp.where(mask, scores, -jnp.inf)
+    by_rank = {1: lambda mask: mask, 2: lambda mask: mask[:, None, None, None], 3: lambda mask: mask[:, None, None]}
+    return jnp.where(by_rank[prefix.mask.ndim](prefix.mask), scores, -jnp.inf)
 
 
 def slot_values(weights: Array, prefix: KV, dtype: jnp.dtype) -> Array:

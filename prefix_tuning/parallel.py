@@ -139,9 +139,9 @@ class Replicated:
         del state
         return train_step(step)
 
-    def jit(self, function: Callable) -> Callable:
-        """A compiled function (params, adaptation, rows ...) -> what one can read."""
-        return jax.jit(function)
+    def jit(self, function: Callable, **options: Any) -> Callable:
+        """A compiled function (params, adaptation, rows ...) -> what one can read; options are `jax.jit`'s."""
+        return jax.jit(function, **options)
 
     def held(self, tree: Any) -> int:
         """The bytes of a tree, of arrays or shapes, on each device."""
@@ -222,9 +222,9 @@ class Sharded:
         """As for `Replicated`."""
         return self.jit(step)
 
-    def jit(self, function: Callable) -> Callable:
+    def jit(self, function: Callable, **options: Any) -> Callable:
         """As for `Replicated`; every process can read what comes out."""
-        return jax.jit(self.told(function), out_shardings=self.on(WHOLE))
+        return jax.jit(self.told(function), out_shardings=self.on(WHOLE), **options)
 
     def told(self, function: Callable) -> Callable:
         """The function, which knows this mesh while it is traced; `nn.spread` asks for it."""

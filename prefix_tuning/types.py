@@ -31,7 +31,8 @@ class KV:
 
     k: Array  # [L P K H], [P K H] inside the layer scan; [L B P K H] when each row has its own
     v: Array
-    mask: Array | None = None  # bool [L P] or [L B P]: which slots exist; None is all
+    # bool [L P] or [L B P]: which slots exist, inside a layer also [B T P], to which query; None is all
+    mask: Array | None = None
     gate: Array | None = None  # [L K G]: the slots get a softmax of their own, and what they give is multiplied by this
     share: Array | None = None  # [B T], only inside a layer: a `Gate`'s value, which scales scores and values
     # In the decoder of an encoder-decoder: slots take the first positions and so move those of its tokens, as in PEFT
@@ -131,16 +132,21 @@ class Batch:
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the real tokens so far; the prefix is kept beside it, once, however many rows there are."""
+    """Keys and values of what decoding attends to: of each prompt once, and of what each of its W beams has written.
 
-    k: Array  # [L B S K H]
-    v: Array  # [L B S K H]
-    valid: Array  # bool [B S] slots that hold a real token
-    slot: Array  # int32 [] the next slot to write, the same in every row
-    position: Array  # int32 [B] the position of the next token, before `Adaptation.shift`
+    Beams stand as queries side by side, [B W], which do not see each other, so that what they share is never repeated.
+    Heads come before slots, as products over slots want them: transposed once, not at every step.
+    """
+
+    # [L B*W K N H] of the tokens written so far, in the parts that the weights lie in, without L where that is 1
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+    step: Array  # int32 [] how many those are: the next slot to write, the same for all
+    position: Array  # int32 [B] the position of the first token that is written, before `Adaptation.shift`
+    # [L B K S H], in those parts, of the prompts' tokens, of which `position` are real, or of what an encoder read
+    read: tuple[KV, ...]
     prompt: KV | None = None  # [L P K H] or [L B P K H]: what `Adaptation.prompt` became in each layer
-    cross: KV | None = None  # [L B S K H] of what an encoder read, B sources for B W rows in beam search
-    source: Array | None = None  # bool [B S] which of those are real
+    source: Array | None = None  # bool [B S] which of what an encoder read is real
 
 
 class Spec(NamedTuple):
@@ -190,10 +196,10 @@ class Model(NamedTuple):
     embed: Callable[[Params, Array], Array]  # (params, tokens [...]) -> [... D], without positions
     hidden: Callable[[Params, Adaptation, Batch], Array]  # -> [B T D], normalised, ready for `unembed`
     unembed: Callable[[Params, Array], Array]  # (params, hidden [... D]) -> float32 logits [... V]
-    # (params, adaptation, tokens [B T], lengths [B], slots) -> [B V], cache; to an encoder-decoder these tokens are the
-    # source, and its slots are for what it writes, the start token included
+    # (params, adaptation, tokens [B T], lengths [B], N) -> [B V], cache with room for N tokens that are written; to an
+    # encoder-decoder the tokens are the source, and its start token is the first of the N
     prefill: Callable[..., tuple[Array, Cache]]
-    decode: Callable[..., tuple[Array, Cache]]  # (params, adaptation, cache, tokens [B]) -> [B V], cache
+    decode: Callable[..., tuple[Array, Cache]]  # (params, adaptation, cache, tokens [B W]) -> [B W V], cache
     # -> stack -> site -> what attention does there; see models/decoder.py
     probe: Callable[[Params, Adaptation, Batch], dict[str, dict[str, dict[str, Array]]]]
     # (params, tokens [P]) -> stack -> site -> the `KV` [L P K H] that each layer computes for them
@@ -266,6 +272,11 @@ class TrainState:
     trainable: Params
     opt_state: Any
     key: Array  # never advanced: every step folds its own number in
+
+
+def parts(layers: Layers) -> tuple[Params, ...]:
+    """The parts of a stack of weights, from below; one, if it lies in one piece."""
+    return layers if isinstance(layers, tuple) else (layers,)
 
 
 def joined(layers: Layers) -> Params:

@@ -30,9 +30,7 @@ BOTH = pytest.mark.parametrize("family", ["gpt2", "llama"])
 
 def prefix_of(model, frozen, tokens, shift=True):
     """The keys and values that the model itself computes for tokens, as a prefix."""
-    prefill = jax.jit(model.prefill, static_argnums=4)
-    _, cache = prefill(frozen, Adaptation(), np.array([tokens]), np.array([len(tokens)]), len(tokens))
-    hooks = LayerHooks(kv={"self": KV(cache.k[:, 0], cache.v[:, 0])})
+    hooks = LayerHooks(kv=jax.jit(model.keys_values)(frozen, np.array(tokens))["decoder"])
     return Adaptation(hooks, jnp.int32(len(tokens)) if shift else None)
 
 
@@ -214,7 +212,7 @@ def test_unknown_sites_and_unequal_pairs_raise(twin, family):
             jax.eval_shape(lambda a: model.prefill(frozen, a, tokens, *prefill), adaptation)
         cache = jax.eval_shape(lambda: model.prefill(frozen, Adaptation(), tokens, *prefill))[1]
         with pytest.raises(UserError, match=message):
-            jax.eval_shape(model.decode, frozen, adaptation, cache, np.ones(2, int))
+            jax.eval_shape(model.decode, frozen, adaptation, cache, np.ones((2, 1), int))
 
 
 def test_parts_that_would_do_nothing_raise(twin):

@@ -233,12 +233,41 @@ def test_unrolled_layers_write_the_same(twins, family, beams):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_layers_that_lie_apart_write_the_same(twins, family, beams):
+    twin = twins(family)
+    prompts, adaptation = random_prompts(twin.model.vocabulary, 5), adapted(random_prefix(twin.model, 0))
+    stack = twin.params["layers"]
+    depth = len(jax.tree.leaves(stack)[0])
+    below, above = (jax.tree.map(lambda x, part=part: x[part], stack) for part in (np.s_[:1], np.s_[1:]))
+    generate = decode.make_generate(twin.model, options(num_beams=beams))
+    whole = run(generate, twin.params, prompts, adaptation)
+    for given in (twin.params, twin.params | {"layers": (below, above)}):
+        ready = decode.ready(given, twin.model)
+        assert [len(jax.tree.leaves(part)[0]) for part in ready["layers"]] == [1] * depth
+        assert run(generate, ready, prompts, adaptation) == whole
+        assert run(generate, given, prompts, adaptation) == whole
+    assert decode.ready(ready, twin.model)["layers"][0] is ready["layers"][0]  # what lies apart is not copied again
+
+
+def test_layers_stay_together_where_memory_has_no_room(twins, monkeypatch):
+    twin = twins("llama")
+    size = sum(x.nbytes for x in jax.tree.leaves(twin.params["layers"]))
+    for free, parts in ((size - 1, 1), (size, twin.model.sites["decoder"].layers), (None, 3)):
+        monkeypatch.setattr(decode, "free_memory", lambda free=free: free)
+        layers = decode.ready(twin.params, twin.model)["layers"]
+        assert (len(layers) if isinstance(layers, tuple) else 1) == parts
+    monkeypatch.undo()
+    assert decode.free_memory() > 0
+
+
+@pytest.mark.parametrize("beams", [1, 3])
 def test_prefix_of_real_tokens_is_context(twins, beams):
     twin = twins("gpt2")
     context, prompts = [4, 11, 2, 9, 17], random_prompts(twin.model.vocabulary, 6)
-    _, cache = twin.model.prefill(twin.params, Adaptation(), *map(jnp.asarray, padded([context], P)), P)
+    kv = twin.model.keys_values(twin.params, jnp.asarray(context))["decoder"]["self"]
     generate = decode.make_generate(twin.model, options(num_beams=beams))
-    ours = run(generate, twin.params, prompts, adapted(KV(cache.k[:, 0], cache.v[:, 0])))
+    ours = run(generate, twin.params, prompts, adapted(kv))
     assert ours == run(generate, twin.params, [context + row for row in prompts], length=P + T)
     assert ours != run(generate, twin.params, prompts)
 
@@ -313,10 +342,7 @@ def test_beam_scores_equal_rescoring(twins, log_probabilities, normalise):
 
 def table_model(vocabulary, called=lambda: None):
     def prefill(params, adaptation, tokens, lengths, slots):
-        rows = tokens.shape[0]
-        empty = jnp.zeros((1, rows, slots, 1, 1))
-        cache = Cache(empty, empty, jnp.ones((rows, slots), bool), jnp.int32(tokens.shape[1]), lengths)
-        return params[tokens[jnp.arange(rows), lengths - 1]], cache
+        return params[tokens[jnp.arange(len(tokens)), lengths - 1]], Cache((), (), jnp.int32(0), lengths, ())
 
     def step(params, adaptation, cache, tokens):
         jax.debug.callback(called)

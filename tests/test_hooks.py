@@ -790,7 +790,7 @@ def test_every_pass_refuses_what_does_not_fit(twin, family):
     cache = jax.eval_shape(prefill, Adaptation())[1]
     for run in (
         prefill,
-        lambda x: jax.eval_shape(model.decode, frozen, x, cache, batch.tokens[:, 0]),
+        lambda x: jax.eval_shape(model.decode, frozen, x, cache, batch.tokens[:, :1]),
         lambda x: model.hidden(frozen, x, batch),
         lambda x: model.probe(frozen, x, batch),
     ):

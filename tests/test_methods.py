@@ -348,7 +348,7 @@ def test_weights_in_bfloat16_stay_so(started, family, name, variant):
         low,
         trainable,
     )
-    assert cache.k.dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves((cache.k, cache.v, cache.read))} == {jnp.dtype("bfloat16")}
 
 
 @FORMED

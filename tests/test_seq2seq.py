@@ -289,13 +289,14 @@ def many_sources(seed, size=24):
 )
 @pytest.mark.parametrize(("variant", "prefixed"), [*itertools.product(("bart", "t5"), (False, True)), ("t5 1.1", True)])
 def test_texts_equal_transformers(twin, torch_prefixes, variant, options, prefixed):
-    """Greedy and beam search, with and without prefixes at all three attentions."""
+    """Greedy and beam search, with layers apart and prefixes at all three attentions, and without either."""
     family, own = VARIANTS[variant]
     reference, _, model, frozen = twin(family, **own)
     sources = many_sources(1)
     adaptation = jax.tree.map(lambda x: 0.5 * x, random_prefixes(model, 1)) if prefixed else Adaptation()
     torch_prefixes(reference, adaptation)
-    found = decoded(model, frozen, adaptation, sources, **options)
+    weights = decode.ready(frozen, model) if prefixed else frozen
+    found = decoded(model, weights, adaptation, sources, **options)
     assert found == generated(reference, sources, **options)
     assert len({tuple(row) for row in found}) > 2  # or this would compare little
 
@@ -306,15 +307,16 @@ def test_what_was_read_is_kept_once_for_all_beams(twin, family):
     _, _, model, frozen = twin(family)
     B, W, S = 2, 3, 7
     config = decode.DecodeConfig(max_new_tokens=N, end_tokens=(END,), pad_token=0, num_beams=W)
-    generate = decode.make_generate(model, config)
+    generate = decode.make_generate(model, config, jit=lambda function, **_: function)
     lengths = jnp.full(B, S, jnp.int32)
     jaxpr = jax.make_jaxpr(generate)(frozen, random_prefixes(model), jnp.full((B, S), 5, jnp.int32), lengths)
     inside = {shape for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "while" for shape in shapes(eqn)}
-    layers, heads = model.sites["decoder"].layers, model.sites["decoder"].kv["cross"]
-    assert (layers, B, S, *heads) in inside
-    assert (layers, B * W, N, *heads) in inside  # the decoder's own, which differ from beam to beam
+    layers, (K, H) = model.sites["decoder"].layers, model.sites["decoder"].kv["cross"]
+    assert (layers, B, K, S, H) in inside
+    assert (layers, B * W, K, N, H) in inside  # the decoder's own, which differ from beam to beam
     for length in (S, P):
-        assert not any(shape[-4:] == (B * W, length, *heads) for shape in inside)
+        for each in ((B * W, K, length, H), (B * W, length, K, H), (B, W, K, length, H), (B, W, length, K, H)):
+            assert not any(shape[-len(each) :] == each for shape in inside)
     encoder = (model.sites["encoder"].layers, 10)  # the norms of the encoder's layers: who has them, runs them
     assert encoder not in inside
 

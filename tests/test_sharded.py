@@ -17,7 +17,7 @@ from prefix_tuning import heads, models, parallel, setup
 from prefix_tuning import train as loop
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.data import pipeline
-from prefix_tuning.decode import DecodeConfig, make_generate
+from prefix_tuning.decode import DecodeConfig, make_generate, ready
 from prefix_tuning.errors import UserError
 from prefix_tuning.files import read_lines
 from prefix_tuning.interop.base import fingerprint
@@ -183,14 +183,15 @@ def test_text_is_that_of_one_device(made, family, beams):
     trainable = method.init(jax.random.key(1), model, host)
     tokens = np.random.default_rng(2).integers(0, V, (4, 6)).astype(np.int32)
     lengths = np.array([6, 1, 4, 3], np.int32)
-    generate = make_generate(model, DecodeConfig(max_new_tokens=5, end_tokens=(2,), pad_token=0, num_beams=beams))
-    one = generate(*method.bind(host, trainable), tokens, lengths)
+    config = DecodeConfig(max_new_tokens=5, end_tokens=(2,), pad_token=0, num_beams=beams)
+    one = make_generate(model, config)(*method.bind(host, trainable), tokens, lengths)
     layout = parallel.Sharded(model.specs, DATA, MODEL)
     params, adaptation = method.bind(*layout.place((host, trainable)))
     rows = layout.split_rows(tokens), layout.split_rows(lengths)
-    eight = layout.jit(generate)(params, adaptation, *rows)
-    for ours, wanted in zip(eight, one, strict=True):
-        np.testing.assert_array_equal(ours, wanted)
+    generate = make_generate(model, config, jit=layout.jit)
+    for weights in (params, ready(params, model)):
+        for ours, wanted in zip(generate(weights, adaptation, *rows), one, strict=True):
+            np.testing.assert_array_equal(ours, wanted)
 
 
 def test_a_notebook_reads_and_writes_on_shards(made, tmp_path):

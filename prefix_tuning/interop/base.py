@@ -3,8 +3,10 @@
 import hashlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from prefix_tuning import hosts
 from prefix_tuning.errors import UserError
@@ -21,16 +23,22 @@ def fingerprint(model: Model, frozen: Params) -> str | None:
     It hashes the name and shape of every weight and numbers at even distances in it, rounded to bfloat16; float16 would
     round them otherwise.  What methods and heads keep beside the weights does not count.
     """
+    leaves = dict(sorted(loading.flatten({name: frozen[name] for name in model.specs if name in frozen}).items()))
+    if not all(leaf.dtype in (np.float32, jnp.bfloat16) for leaf in leaves.values()):
+        return None
     found = hashlib.sha256()
-    for path, leaf in sorted(loading.flatten({name: frozen[name] for name in model.specs if name in frozen}).items()):
-        if leaf.dtype not in (np.float32, jnp.bfloat16):
-            return None
-        picked = np.linspace(0, leaf.size - 1, min(SAMPLE, leaf.size)).astype(np.int64)
-        # By its own axes, so that a sharded weight stays in its shards.
-        sample = np.asarray(hosts.fetch(leaf[np.unravel_index(picked, leaf.shape)])).astype(jnp.bfloat16)
+    for (path, leaf), sample in zip(leaves.items(), hosts.fetch(samples([*leaves.values()])), strict=True):
         found.update(f"{'/'.join(path)} {leaf.shape}".encode())
-        found.update(sample.tobytes())
+        found.update(np.asarray(sample).astype(jnp.bfloat16).tobytes())
     return found.hexdigest()[:32]
+
+
+@jax.jit  # all at once: a program for each shape would take longer to compile than the weights to load
+def samples(leaves: list[Array]) -> list[Array]:
+    """Numbers at even distances in each array, at most `SAMPLE`."""
+    picked = [np.linspace(0, leaf.size - 1, min(SAMPLE, leaf.size)).astype(np.int64) for leaf in leaves]
+    # By its own axes, so that a sharded weight stays in its shards.
+    return [leaf[np.unravel_index(n, leaf.shape)] for n, leaf in zip(picked, leaves, strict=True)]
 
 
 def identity(model: Model, frozen: Params | None) -> dict[str, str]:

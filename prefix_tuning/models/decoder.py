@@ -68,6 +68,17 @@ def build(
 
         return nn.over_layers(one, carry, params["layers"], (kinds or {}, *beside), scan=scan, remat=remat)
 
+    def step_over_layers(
+        body: Callable, x: Array, params: Params, hooks: LayerHooks, cache: Cache
+    ) -> tuple[Array, nn.Written]:
+        def one(x, inputs, cached, number):
+            weights, ((kinds, hooks, prompt), read) = inputs
+            return body(x, (weights | kinds, hooks, read, prompt), cached, number)
+
+        beside = nn.in_parts((kinds or {}, hooks, cache.prompt), params["layers"])
+        beside = tuple(zip(beside, cache.read, strict=True))
+        return nn.step_over_layers(one, x, params["layers"], beside, (cache.k, cache.v))
+
     def start(params: Params, adaptation: Adaptation, tokens: Array, positions: Array) -> Stream:
         """Tokens [B T] as embeddings at their positions; ids from V on are rows of the adaptation."""
         nn.check(adaptation, all_sites, rows=tokens.shape[0])
@@ -91,23 +102,29 @@ def build(
         positions = jnp.broadcast_to(positions, (rows, length))
         return Stream(layer.place(params, prompt, positions), positions)
 
-    def one(
-        weights: Params, hooks: LayerHooks, stream: Stream, mask: Array, before: KV | None, store: Callable
-    ) -> tuple[Array, Attended]:
-        """One layer: x after it and what was attended to; `store` says what becomes of the layer's keys and values."""
+    def one(weights: Params, hooks: LayerHooks, stream: Stream, attention: Callable) -> tuple[Array, Any]:
+        """One layer: x after it, and the second of what `attention(hooks, q, k, v) -> (attended, ...)` gives."""
         hooks = nn.open_gates(hooks, stream.x)
         q, k, v = layer.queries(weights, hooks, stream.x, stream.positions)
         k, v = nn.add_rows(k, v, (hooks.rows or {}).get("self"), stream.index)
-        attended = nn.attend_hooked(q, *store(k, v), mask, hooks, "self", before=before, how=how)
-        seen = Attended(q, KV(k, v), before, nn.slots_at(hooks, "self", before))
+        attended, seen = attention(hooks, q, k, v)
         return layer.combine(weights, hooks, stream.x, attended), seen
+
+    def among(mask: Array, before: KV | None = None) -> Callable:
+        """Attention of tokens to each other where mask [B T T] allows, and to the slots that a prompt became."""
+
+        def attention(hooks, q, k, v):
+            attended = nn.attend_hooked(q, k, v, mask, hooks, "self", before=[before], how=how)
+            return attended, Attended(q, KV(k, v), before, nn.slots_at(hooks, "self", before))
+
+        return attention
 
     def prompt_layer(weights: Params, hooks: LayerHooks, prompt: Stream) -> tuple[Stream, KV]:
         """The prompt through one layer, and what the tokens after it see of it."""
         if hooks.prompt is not None:
             prompt = prompt._replace(x=prompt.x + hooks.prompt.astype(prompt.x.dtype))
         mask = nn.causal_mask(jnp.ones(prompt.positions.shape, jnp.int32))  # its rows are slots: no window parts them
-        x, seen = one(weights, hooks, prompt, mask, None, as_they_are)
+        x, seen = one(weights, hooks, prompt, among(mask))
         return prompt._replace(x=x), jax.tree.map(lambda y: y[0] if len(y) == 1 else y, seen.kv)
 
     def full(params, adaptation, tokens, positions, segments, keep: Callable) -> tuple[Array, Any]:
@@ -123,7 +140,7 @@ def build(
             if prompt is not None:
                 prompt, before = prompt_layer(weights, hooks, prompt)
             mask = nn.nearby(causal, positions, positions, weights.get("window"))
-            x, attended = one(weights, hooks, stream, mask, before, as_they_are)
+            x, attended = one(weights, hooks, stream, among(mask, before))
             return (stream._replace(x=x), prompt), keep(attended, mask)
 
         (stream, _), kept = over_layers(body, (stream, prompt), params, adaptation.decoder)
@@ -132,54 +149,47 @@ def build(
     def hidden(params: Params, adaptation: Adaptation, batch: Batch) -> Array:
         return full(params, adaptation, batch.tokens, batch.positions, batch.segments, lambda *_: None)[0]
 
-    def prefill(
-        params: Params, adaptation: Adaptation, tokens: Array, lengths: Array, slots: int
-    ) -> tuple[Array, Cache]:
+    def prefill(params: Params, adaptation: Adaptation, tokens: Array, lengths: Array, new: int) -> tuple[Array, Cache]:
         rows, length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
-        real = positions < lengths[:, None]
-        segments = real.astype(jnp.int32)
+        segments = (positions < lengths[:, None]).astype(jnp.int32)
         x, (kv, before) = full(params, adaptation, tokens, positions, segments, lambda seen, _: (seen.kv, seen.before))
-        room = [(0, 0), (0, 0), (0, slots - length), (0, 0), (0, 0)]
-        cache = Cache(
-            k=jnp.pad(kv.k, room),
-            v=jnp.pad(kv.v, room),
-            valid=jnp.pad(real, room[1:3]),
-            slot=jnp.int32(length),
-            position=lengths,
-            prompt=before,
-        )
-        return layer.unembed(params, x[jnp.arange(rows), lengths - 1]), cache
+        k, v = nn.unwritten(params["layers"], rows, new, sites.kv["self"], kv.k.dtype)
+        read = nn.in_parts(nn.slots_last(kv), params["layers"])
+        cache = Cache(k=k, v=v, step=jnp.int32(0), position=lengths, read=read, prompt=before)
+        return nn.next_words(layer.unembed, params, x[jnp.arange(rows), lengths - 1]), cache
 
     def decode(params: Params, adaptation: Adaptation, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
-        stream = start(params, adaptation, tokens[:, None], cache.position[:, None])
-        valid = cache.valid.at[:, cache.slot].set(True)
-        positions = valid.cumsum(1) - 1  # of the real tokens in the slots; prompts of unequal length leave gaps
+        step = cache.step
+        position = jnp.broadcast_to(cache.position[:, None] + step, tokens.shape)
+        stream = start(params, adaptation, tokens, position)
+        prompt, written = jnp.arange(cache.read[0].k.shape[-2])[None], jnp.arange(cache.k[0].shape[-2])[None]
+        real = (prompt < cache.position[:, None])[:, None]  # [B 1 S]
+        so_far = jnp.broadcast_to(written <= step, (*tokens.shape, written.shape[1]))
 
-        # The cache is carried, not scanned over: XLA then writes the new slot in place instead of copying every layer.
-        def body(carry, inputs):
-            x, keys, values = carry
-            weights, number, hooks, before = inputs
+        def body(x, inputs, cached, number):
+            weights, hooks, read, before = inputs
+            window = weights.get("window")
+            read = nn.slots_last(read).replace(mask=nn.nearby(real, position, prompt, window))
+            mask = nn.nearby(so_far, position, cache.position[:, None] + written, window)
 
-            def store(k, v):
-                nonlocal keys, values
-                keys, values = written(keys, k, number, cache.slot), written(values, v, number, cache.slot)
-                return keys[number], values[number]
+            def attention(hooks, q, k, v):
+                now, own = nn.write(cached, k, v, number, step)
+                attended = nn.attend_hooked(q, own.k, own.v, mask, hooks, "self", before=[before, read], how=how)
+                return attended, now
 
-            mask = nn.nearby(valid[:, None], cache.position[:, None], positions, weights.get("window"))
-            x, _ = one(weights, hooks, stream._replace(x=x), mask, before, store)
-            return (x, keys, values), None
+            return one(weights, hooks, stream._replace(x=x), attention)
 
-        beside = (jnp.arange(sites.layers), adaptation.decoder, cache.prompt)
-        (x, k, v), _ = over_layers(body, (stream.x, cache.k, cache.v), params, *beside)
-        logits = layer.unembed(params, layer.norm(params, x)[:, 0])
-        return logits, cache.replace(k=k, v=v, valid=valid, slot=cache.slot + 1, position=cache.position + 1)
+        x, (k, v) = step_over_layers(body, stream.x, params, adaptation.decoder, cache)
+        x = layer.norm(params, x)
+        logits = nn.next_words(layer.unembed, params, x.reshape(-1, x.shape[-1]))
+        return logits.reshape(*tokens.shape, -1), cache.replace(k=k, v=v, step=step + 1)
 
     def keys_values(params: Params, tokens: Array) -> dict[str, dict[str, KV]]:
         """What each layer computes for tokens [P], by stack and site, as [L P K H]."""
-        length = len(tokens)
-        cache = prefill(params, Adaptation(), tokens[None], jnp.full(1, length, jnp.int32), length)[1]
-        return {"decoder": {"self": KV(cache.k[:, 0], cache.v[:, 0])}}
+        row, positions = tokens[None], jnp.arange(len(tokens))[None]
+        kv = full(params, Adaptation(), row, positions, jnp.ones_like(row), lambda seen, _: seen.kv)[1]
+        return {"decoder": {"self": KV(kv.k[:, 0], kv.v[:, 0])}}
 
     def probe(params: Params, adaptation: Adaptation, batch: Batch) -> dict[str, dict[str, dict[str, Array]]]:
         """What attention does, by stack and site, with the slots before the first token, over a batch's real tokens.
@@ -210,16 +220,6 @@ def build(
         probe=probe,
         keys_values=keys_values,
     )
-
-
-def as_they_are(k: Array, v: Array) -> tuple[Array, Array]:
-    """Keys and values that nobody stores."""
-    return k, v
-
-
-def written(cached: Array, new: Array, layer: Array, slot: Array) -> Array:
-    """Keys or values [L B S K H] with new ones [B 1 K H] in one slot of one layer."""
-    return jax.lax.dynamic_update_slice(cached, new[None], (layer, 0, slot, 0, 0))
 
 
 def per_row(kv: KV) -> bool:

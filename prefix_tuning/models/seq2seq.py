@@ -10,7 +10,7 @@ from jax import Array
 
 from prefix_tuning import nn
 from prefix_tuning.errors import UserError
-from prefix_tuning.models import decoder, encoder
+from prefix_tuning.models import encoder
 from prefix_tuning.types import KV, Adaptation, Batch, Cache, LayerHooks, Model, Params, Projection, Sites
 
 
@@ -31,10 +31,10 @@ class Writer(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What cross attention reads in one layer; in beam search B sources stand for B W rows."""
+    """What cross attention reads in one layer."""
 
     kv: KV  # [B S K H]
-    mask: Array  # bool [B T S], or [B W S] with W rows of one token each
+    mask: Array  # bool [B T S]
 
 
 # (params, stack, queries [T], keys [S]) -> [K G T S], what places in a row add to the scores of self attention
@@ -101,14 +101,13 @@ def build(
         if "self" in (hooks.kv or {}):
             hooks = hooks.replace(kv=hooks.kv | {"self": place(hooks.kv["self"])})
         q, k, v = writing.queries(weights, hooks, x)
-        own = KV(*store(k, v))
+        kept, own = store(k, v)
         attended = nn.attend_hooked(q, own.k, own.v, mask, hooks, "self", how=how, bias=added)
         x = writing.combine(weights, hooks, x, attended)
-        asked = beside(writing.cross_queries(weights, hooks, x), source)
-        shared = one_source(hooks, source)
-        found = nn.attend_hooked(asked, source.kv.k, source.kv.v, source.mask, shared, "cross", how=how)
-        x = writing.cross_combine(weights, hooks, x, found.reshape(*x.shape[:2], *found.shape[2:]))
-        seen = {"self": (q, KV(k, v), hooks, mask), "cross": (asked, source.kv, shared, source.mask)}
+        asked = writing.cross_queries(weights, hooks, x)
+        found = nn.attend_hooked(asked, source.kv.k, source.kv.v, source.mask, hooks, "cross", how=how)
+        x = writing.cross_combine(weights, hooks, x, found)
+        seen = {"self": (q, kept, hooks, mask), "cross": (asked, source.kv, hooks, source.mask)}
         return writing.mlp(weights, hooks, x), seen
 
     def full(params: Params, adaptation: Adaptation, batch: Batch, keep: Callable, keep_read: Callable) -> tuple:
@@ -126,7 +125,7 @@ def build(
         def body(x, inputs):
             weights, hooks = inputs
             heard = Source(offered(weights, hooks, states), visible)
-            x, seen = one(weights, hooks, x, causal, heard, decoder.as_they_are, added, place)
+            x, seen = one(weights, hooks, x, causal, heard, as_they_are, added, place)
             return x, keep(seen)
 
         x = writing.place(params, reading.embed(params, batch.tokens), batch.positions + moved)
@@ -136,54 +135,43 @@ def build(
     def hidden(params: Params, adaptation: Adaptation, batch: Batch) -> Array:
         return full(params, adaptation, batch, lambda _: None, lambda *_: None)[0]
 
-    def prefill(
-        params: Params, adaptation: Adaptation, tokens: Array, lengths: Array, slots: int
-    ) -> tuple[Array, Cache]:
+    def prefill(params: Params, adaptation: Adaptation, tokens: Array, lengths: Array, new: int) -> tuple[Array, Cache]:
         rows, length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
         segments = (positions < lengths[:, None]).astype(jnp.int32)
         states, segments, _ = read(params, adaptation, tokens, positions, segments, lambda *_: None)
-        offer = lambda _, inputs: (None, offered(*inputs, states))  # noqa: E731
+        offer = lambda _, inputs: (None, nn.slots_last(offered(*inputs, states)))  # noqa: E731
         _, cross = over_layers(offer, None, params["layers"], adaptation.decoder)
-        layers, (heads, size) = sites["decoder"].layers, sites["decoder"].kv["self"]
-        empty = jnp.zeros((layers, rows, slots, heads, size), states.dtype)
-        cache = Cache(
-            k=empty,
-            v=empty,
-            valid=jnp.zeros((rows, slots), bool),
-            slot=jnp.int32(0),
-            position=jnp.zeros(rows, jnp.int32),
-            cross=cross,
-            source=segments > 0,
-        )
-        return decode(params, adaptation, cache, jnp.full(rows, start, jnp.int32))
+        cross = nn.in_parts(cross, params["layers"])
+        k, v = nn.unwritten(params["layers"], rows, new, sites["decoder"].kv["self"], states.dtype)
+        position = jnp.zeros(rows, jnp.int32)
+        cache = Cache(k=k, v=v, step=jnp.int32(0), position=position, read=cross, source=segments > 0)
+        logits, cache = decode(params, adaptation, cache, jnp.full((rows, 1), start, jnp.int32))
+        return logits[:, 0], cache
 
     def decode(params: Params, adaptation: Adaptation, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
-        valid = cache.valid.at[:, cache.slot].set(True)
-        sources = cache.source[:, None]
-        visible = jnp.broadcast_to(sources, (len(sources), len(tokens) // len(sources), sources.shape[2]))
-        # All rows write to the same slot, and each has started at the first: places are slots.
-        added, moved = bias(params, "decoder", cache.slot[None], jnp.arange(valid.shape[1])), before(adaptation)
-        place = functools.partial(placed_at, params, queries=moved + cache.slot[None])
+        step, slots = cache.step, jnp.arange(cache.k[0].shape[-2])
+        mask = jnp.broadcast_to(slots <= step, (*tokens.shape, len(slots)))
+        visible = jnp.broadcast_to(cache.source[:, None], (*tokens.shape, cache.source.shape[1]))
+        # Everything starts at the first slot: places are slots.
+        added, moved = bias(params, "decoder", step[None], slots), before(adaptation)
+        place = functools.partial(placed_at, params, queries=moved + step[None])
 
-        def body(carry, inputs):
-            x, keys, values = carry
-            weights, (number, hooks, cross) = inputs
+        def body(x, inputs, cached, number):
+            weights, (hooks, cross) = inputs
+            heard = Source(nn.slots_last(cross), visible)
+            store = functools.partial(nn.write, cached, layer=number, slot=step)
+            x, seen = one(weights, hooks, x, mask, heard, store, added, place)
+            return x, seen["self"][1]
 
-            def store(k, v):
-                nonlocal keys, values
-                keys = decoder.written(keys, k, number, cache.slot)
-                values = decoder.written(values, v, number, cache.slot)
-                return keys[number], values[number]
-
-            x, _ = one(weights, hooks, x, valid[:, None], Source(cross, visible), store, added, place)
-            return (x, keys, values), None
-
-        x = writing.place(params, reading.embed(params, tokens[:, None]), moved + cache.position[:, None])
-        inputs = (jnp.arange(sites["decoder"].layers), adaptation.decoder, cache.cross)
-        (x, k, v), _ = over_layers(body, (x, cache.k, cache.v), params["layers"], inputs)
-        logits = writing.unembed(params, writing.norm(params, x)[:, 0])
-        return logits, cache.replace(k=k, v=v, valid=valid, slot=cache.slot + 1, position=cache.position + 1)
+        position = jnp.broadcast_to(moved + cache.position[:, None] + step, tokens.shape)
+        x = writing.place(params, reading.embed(params, tokens), position)
+        inputs = nn.in_parts(adaptation.decoder, params["layers"])
+        inputs = tuple(zip(inputs, cache.read, strict=True))
+        x, (k, v) = nn.step_over_layers(body, x, params["layers"], inputs, (cache.k, cache.v))
+        x = writing.norm(params, x)
+        logits = nn.next_words(writing.unembed, params, x.reshape(-1, x.shape[-1]))
+        return logits.reshape(*tokens.shape, -1), cache.replace(k=k, v=v, step=step + 1)
 
     def keys_values(params: Params, tokens: Array) -> dict[str, dict[str, KV]]:
         """What each layer computes for tokens [P] that are read and written, by stack and site, as [L P K H]."""
@@ -277,14 +265,6 @@ def before(adaptation: Adaptation) -> int:
     return kv.k.shape[-3] if kv is not None and kv.placed else 0
 
 
-def beside(q: Array, source: Source) -> Array:
-    """Queries [B*W T K G H] as [B W*T K G H], those of all rows that continue from one source in a row."""
-    return q.reshape(len(source.mask), -1, *q.shape[2:])
-
-
-def one_source(hooks: LayerHooks, source: Source) -> LayerHooks:
-    """The hooks of cross attention, a gate's value [B*W T] laid out as `beside` does with queries."""
-    kv = (hooks.kv or {}).get("cross")
-    if kv is None or kv.share is None:
-        return hooks
-    return hooks.replace(kv={"cross": kv.replace(share=kv.share.reshape(len(source.mask), -1))})
+def as_they_are(k: Array, v: Array) -> tuple[KV, KV]:
+    """Keys and values that nobody stores."""
+    return KV(k, v), KV(k, v)
