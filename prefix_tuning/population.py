@@ -19,7 +19,7 @@ from prefix_tuning import hosts, parallel, setup
 from prefix_tuning.errors import UserError
 from prefix_tuning.optimizer import make_optimizer
 from prefix_tuning.train_step import Sums, make_train_step
-from prefix_tuning.types import KV, Adaptation, Method, Params, TrainState
+from prefix_tuning.types import KV, Adaptation, Batch, Method, Params, TrainState
 
 Batches = dict[str, np.ndarray]
 OWN = "population"  # among the frozen weights: what is no parameter and yet each run's own
@@ -80,8 +80,6 @@ def groups(configs: Sequence[dict[str, Any]], size: int) -> list[list[int]]:
 
 def check(configs: Sequence[dict[str, Any]], bases: Sequence[setup.Base], runs: Sequence[setup.Run]) -> None:
     """Raises `UserError` unless the runs differ only in where they start, their lengths, rates and seeds."""
-    if not isinstance(bases[0].layout, parallel.Replicated):
-        raise UserError("runs that train together share weights that are whole; expected parallel=replicated for them")
     first = flat(configs[0])
     for config in configs[1:]:
         own, free = flat(config), varying(configs[0]) & varying(config)
@@ -163,7 +161,7 @@ class Single:
 
 class Population:
     """K runs in one step.  Of each host's devices, their K parameters are spread over them where K is a multiple of
-    those, and else its rows of each batch are."""
+    those, and else its rows of each batch are; beside weights in shards they are whole on every device."""
 
     def __init__(
         self,
@@ -187,23 +185,30 @@ class Population:
                 own = {"mask": jnp.arange(max(lengths)) < length}
                 adaptation = bases[number].method.bind(self.prepared[number], self.like[number].trainable)[1]
                 extra[OWN] = own if adaptation.shift is None else own | {"shift": adaptation.shift}
-        self.mesh = parallel.everywhere()
-        by_member = len(configs) % self.mesh.shape[parallel.AXIS] == 0
-        self.rows = 1 if by_member else self.mesh.shape[parallel.AXIS]  # parts of a host's share of a batch
-        # Mesh axes that runs are spread over, and that the parts of batches are.
+        self.layout = bases[0].layout
+        self.sharded = isinstance(self.layout, parallel.Sharded)
+        self.mesh = self.layout.mesh if self.sharded else parallel.everywhere()
+        local = self.mesh.shape[parallel.AXIS]
+        by_member = not self.sharded and len(configs) % local == 0
+        # Mesh axes that runs are spread over, and those of a batch [parts A B/A ...], or [A B/A ...] without parts.
         self.over_runs = parallel.AXIS if by_member else None
-        self.over_parts = parallel.HOSTS if by_member else (parallel.HOSTS, parallel.AXIS)
+        self.parts = () if self.sharded else (1 if by_member else local,)  # of a host's share of a batch
+        self.over_rows: tuple = (None, parallel.AXIS)
+        if not self.sharded:
+            self.over_rows = (parallel.HOSTS if by_member else (parallel.HOSTS, parallel.AXIS),)
         over, whole = (NamedSharding(self.mesh, PartitionSpec(axis)) for axis in (self.over_runs, None))
         self.sharding = over
-        self.weights = parallel.place(weights)
+        self.weights = self.layout.place(weights)
         self.extras = [jax.tree.map(padded, extra, extras[widest]) for extra in extras]
         stacked = hosts.spread(jax.tree.map(lambda *xs: jnp.stack(xs), *self.extras), over)
-        self.frozen = parallel.joined(self.weights, self.mesh) | stacked
+        self.frozen = (self.weights if self.sharded else parallel.joined(self.weights, self.mesh)) | stacked
         self.rates = hosts.spread(np.array([c["optimizer"]["learning_rate"] for c in configs], np.float32), over)
         self.alike = len({config["seed"] for config in configs}) == 1  # and so the batches
         axes = dict.fromkeys(weights) | dict.fromkeys(stacked, 0)
         step = jax.vmap(self.one, in_axes=(axes, 0, None if self.alike else 0, 0))
-        self.step = jax.jit(step, donate_argnums=1, out_shardings=(over, whole))
+        self.step = jax.jit(
+            self.layout.told(step) if self.sharded else step, donate_argnums=1, out_shardings=(over, whole)
+        )
         self.state: TrainState | None = None
 
     def one(self, frozen: Params, state: TrainState, batch: Any, rate: Array) -> tuple[TrainState, Sums]:
@@ -211,7 +216,9 @@ class Population:
         base, run = self.bases[0], self.runs[0]
         section = self.configs[0]["optimizer"] | {"learning_rate": rate}
         tx, _ = make_optimizer(run.data.total_steps, **section)
-        body = make_train_step(base.model, self.method, base.objective, tx, axis=parallel.AXIS)
+        body = make_train_step(base.model, self.method, base.objective, tx, axis=self.layout.axis)
+        if self.sharded:
+            return body(frozen, state, batch)
         return jax.vmap(body, in_axes=(None, None, 0), out_axes=None, axis_name=parallel.AXIS)(frozen, state, batch)
 
     def fresh(self) -> list[TrainState]:
@@ -225,24 +232,23 @@ class Population:
 
     def batches(self, first: int) -> Iterator[Any]:
         """As in `Single`; runs with one seed share their batches, those of others are padded to one shape."""
-        accumulate, part = self.runs[0].train.accumulate, self.bases[0].layout.part()
+        part, rows = self.layout.part(), len(self.over_rows) - 1
+        shape = (*self.parts, self.runs[0].train.accumulate, -1)
         if self.alike:
-            where = NamedSharding(self.mesh, PartitionSpec(self.over_parts))
+            where = NamedSharding(self.mesh, PartitionSpec(*self.over_rows))
             for batch in self.runs[0].data.batches(first):
-                parts = parallel.split_batch(batch, accumulate, self.rows)
-                yield jax.tree.map(lambda x: parallel.assembled(x, where, 0, part), parts)
+                split = {name: x.reshape(*shape, *x.shape[1:]) for name, x in batch.items()}
+                yield Batch(**{name: parallel.assembled(x, where, rows, part) for name, x in split.items()})
             return
-        where = NamedSharding(self.mesh, PartitionSpec(self.over_runs, self.over_parts))
+        where = NamedSharding(self.mesh, PartitionSpec(self.over_runs, *self.over_rows))
         seeds = [config["seed"] for config in self.configs]
         streams = {seed: run.data for seed, run in zip(seeds, self.runs, strict=True)}
         for found in zip(*(data.batches(first) for data in streams.values()), strict=True):
             batch = dict(zip(streams, found, strict=True))
             widest = self.widest(found)
-            parts = [
-                parallel.split_batch({n: padded(x, widest[n]) for n, x in batch[seed].items()}, accumulate, self.rows)
-                for seed in seeds
-            ]
-            yield jax.tree.map(lambda *xs: parallel.assembled(np.stack(xs), where, 1, part), *parts)
+            whole = {n: np.stack([padded(batch[seed][n], like) for seed in seeds]) for n, like in widest.items()}
+            split = {name: x.reshape(len(seeds), *shape, *x.shape[2:]) for name, x in whole.items()}
+            yield Batch(**{name: parallel.assembled(x, where, rows + 1, part) for name, x in split.items()})
 
     def widest(self, found: Sequence[Batches]) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes that several batches are padded to: few, since N is a function of T alone."""
@@ -277,7 +283,7 @@ class Population:
     def bound(self, number: int, trainable: Params) -> tuple[Params, Params]:
         """As in `Single`; padded, so that all runs are evaluated by what is compiled once."""
         whole = jax.tree.map(padded, trainable, self.shapes.trainable)
-        extra, whole = parallel.place((self.extras[number], whole))
+        extra, whole = self.layout.place((self.extras[number], whole))
         return self.weights | extra, whole
 
 
