@@ -1,5 +1,8 @@
 """What a step costs is counted from shapes; what is counted must be what is compiled."""
 
+import json
+import subprocess
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -68,3 +71,29 @@ def test_operations_are_counted_over_all_layers_and_prefixes():
     assert more > one
     assert growth.operations(point._replace(population=3)) == 3 * one
     assert 1.5 < one / growth.operations(point, forward=True) <= 2.2
+
+
+def test_what_is_measured_is_a_step_of_the_sizes_that_are_counted():
+    given, counted = growth.real_rows(2, 12), growth.rows(2, 12)
+    like = lambda batch: jax.tree.map(lambda x: (x.shape, x.dtype), batch)  # noqa: E731
+    assert like(given) == like(counted)
+    found = growth.run(growth.Point(prefix=3, batch=2, length=12, layers=2, population=2), "float32", TINY)
+    assert found["seconds"] > 0
+    assert found["peak"] > 1  # MiB
+
+
+def test_every_size_is_measured_in_a_process_of_its_own(monkeypatch, capsys):
+    started = []
+
+    def answer(command, **_):
+        started.append(growth.Point(**json.loads(command[3])))
+        assert command[4] == "bfloat16"
+        return subprocess.CompletedProcess(command, 0, stdout=json.dumps({"seconds": 0.5, "peak": 2000.0}))
+
+    monkeypatch.setattr(growth.subprocess, "run", answer)
+    growth.main(["--measure", "--dtype=bfloat16"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) - 2 == len(started) == len({*started}) + 4  # the common point is one of each
+    assert "| population | 5 | 0.5 | 10,240 | 2,000 |" in lines
+    with pytest.raises(SystemExit, match="error: unknown --mesure; valid: --measure"):
+        growth.main(["--mesure"])

@@ -1,6 +1,7 @@
-"""Scores of answers that name one of a few classes, 0 to 1 (the correlation -1 to 1)."""
+"""Scores of answers that name one of a few classes, 0 to 1 (the correlation -1 to 1).
 
-from sklearn.metrics import f1_score, matthews_corrcoef
+scikit-learn is imported where it is used: it takes longer than everything else that a command starts with.
+"""
 
 
 def accuracy(predictions: list[str], references: list[list[str]], *_: list[str] | None) -> dict[str, float]:
@@ -15,6 +16,8 @@ def f1(predictions: list[str], references: list[list[str]], *_: list[str] | None
     Papers on two classes report one of these (MRPC: `f1_equivalent`); which is the positive one, no name tells.
     A `ValueError` where a prediction has several references.
     """
+    from sklearn.metrics import f1_score
+
     right = only(references)
     classes = sorted({*right, *predictions})
     each = f1_score(right, predictions, labels=classes, average=None, zero_division=0.0).tolist()
@@ -27,6 +30,8 @@ def mcc(predictions: list[str], references: list[list[str]], *_: list[str] | Non
 
     A `ValueError` where a prediction has several references.
     """
+    from sklearn.metrics import matthews_corrcoef
+
     return {"mcc": float(matthews_corrcoef(only(references), predictions))}
 
 
@@ -38,6 +43,8 @@ def multirc(
     A question is what its answers' sources have before their last tab, as the data set `superglue` writes them; drawing
     a part of the rows may part a question's.  A `ValueError` without sources, or for another class than True and False.
     """
+    from sklearn.metrics import f1_score
+
     if sources is None:
         raise ValueError("the metric 'multirc' needs the sources, which say which answers are to one question")
     right = only(references)

@@ -3,7 +3,6 @@
 from itertools import zip_longest
 
 import sacrebleu
-from rouge_score.rouge_scorer import RougeScorer
 
 
 def bleu(predictions: list[str], references: list[list[str]], *_: list[str] | None) -> dict[str, float]:
@@ -24,6 +23,8 @@ def ter(predictions: list[str], references: list[list[str]], *_: list[str] | Non
 
 def rouge(predictions: list[str], references: list[list[str]], *_: list[str] | None) -> dict[str, float]:
     """Mean F1 of stemmed ROUGE, 0 to 100, with the best reference for each kind (https://aclanthology.org/W04-1013)."""
+    from rouge_score.rouge_scorer import RougeScorer  # it imports NLTK, which every command would wait for
+
     kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(kinds, use_stemmer=True)
     best = [scorer.score_multi(group, text) for text, group in zip(predictions, references, strict=True)]
