@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from experiments.tables import TABLES
 from experiments.tables.base import Column, Row, Table
-from prefix_tuning import launch, population, sweep
+from prefix_tuning import launch, population, setup, sweep
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import guarded, read_json, replace, write_json
 from prefix_tuning.progress import say
@@ -545,7 +545,7 @@ def make(
     table, chosen, runs = planned(name, given, load)
     root = Path(workdir)
     for run in runs:
-        check_config(root / run.planned.name, run.config)
+        check_config(root / run.planned.name, run.config, setup.usual(run.config))
     differing = differences(table, chosen, runs)
     asked = [run for run in runs if chosen.only is None or run.row.name in chosen.only]
     parts = population.groups([run.config for run in asked], chosen.population)

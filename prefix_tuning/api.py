@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_tuning import evaluate, hosts, parallel, publish, setup
+from prefix_tuning import evaluate, hosts, publish, setup
+from prefix_tuning import parallel as layouts
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.decode import DecodeConfig, make_generate, ready
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.files import read_json, read_text, replace, write_json
+from prefix_tuning.files import guarded, read_json, read_text, replace, write_json
 from prefix_tuning.interop import kv, merged, peft, reading
 from prefix_tuning.interop.base import fingerprint
 from prefix_tuning.methods import compose
@@ -27,12 +28,27 @@ FORMATS = ("peft", "kv", "merged")
 SOURCE = ("source", "source_positions", "source_segments")
 
 
-def load_model(name: str, *, dtype: str = "float32") -> tuple[Model, Params, Any]:
+def load_model(
+    name: str,
+    *,
+    dtype: str = "float32",
+    parallel: str = "replicated",
+    mesh: dict[str, int | None] | None = None,
+) -> tuple[Model, Params, Any]:
     """(model, frozen weights, tokenizer or None) of a folder in Hugging Face layout, a name on the hub, or a gguf file
-    of the Llama family."""
+    of the Llama family.
+
+    Weights are on the first device, or with parallel="sharded" split over a mesh such as {"data": 1, "model": 8} of all
+    devices, as in a config; `logits` and `generate` then run on all.  Raises `UserError`, with sizes and before any
+    weight is read, where a device cannot hold them.
+    """
+    valid("dtype", dtype, loading.DTYPES)
     folder = loading.find_folder(name)
     model = loading.read_model(folder)
-    return model, jax.device_put(loading.load_weights(folder, model, dtype)), loading.load_tokenizer(folder)
+    layout = layouts.make(model.specs, parallel, mesh)
+    layouts.check_memory(layout, model.specs, {"weights": loading.abstract(model, dtype)}, layouts.memory_limit())
+    weights = loading.load_weights(folder, model, dtype, layout.where)
+    return model, jax.device_put(weights) if layout.where is None else weights, loading.load_tokenizer(folder)
 
 
 def load_adapter(folder: str, model: Model, frozen: Params) -> Adaptation:
@@ -80,7 +96,9 @@ def logits(
         )
     read = None if sources is None else padded(model, adaptation, sources)
     tokens, lengths = padded(model, adaptation if read is None else None, rows)
-    out = jax.device_get(full_logits(model.hidden, model.unembed)(frozen, adaptation, tokens, lengths, read))
+    run = full_logits(model.hidden, model.unembed)
+    with layouts.told_of(frozen):
+        out = jax.device_get(run(frozen, adaptation, tokens, lengths, read))
     return [out[b, :length] for b, length in enumerate(lengths)]
 
 
@@ -104,7 +122,8 @@ def generate(
     config = call("generate", DecodeConfig, {"end_tokens": ends, "pad_token": ends[0] if ends else 0} | options)
     run = generator(HashableModel(model), config)
     frozen = ready(frozen, model)
-    new, counts = jax.device_get(run(frozen, adaptation or Adaptation(), tokens, lengths, jax.random.key(seed)))
+    with layouts.told_of(frozen):
+        new, counts = jax.device_get(run(frozen, adaptation or Adaptation(), tokens, lengths, jax.random.key(seed)))
     return [[int(i) for i in new[b, :n] if int(i) not in ends] for b, n in enumerate(counts)]
 
 
@@ -166,7 +185,7 @@ def padded(model: Model, adaptation: Adaptation | None, rows: Sequence[Sequence[
 def open_workdir(workdir: str) -> tuple[dict[str, Any], setup.Base, Params, Params, int]:
     """(config, base, frozen, trainable, step) of a workdir's best or newest checkpoint; raises `UserError` without."""
     config = read_json(Path(workdir) / "config.json", WORKDIR)
-    base = setup.make_base(config | parallel.here(config))
+    base = setup.make_base(config | layouts.here(config))
     # The best one where one is selected, else the newest
     folder = Path(workdir) / ("best" if config["evaluation"].get("select") else "checkpoints")
     if not folder.is_dir():
@@ -200,7 +219,24 @@ def evaluate_workdir(workdir: str, split: str) -> dict[str, Any]:
 
 
 def generate_file(workdir: str, source: str, output: str) -> int:
-    """Reads JSON lines with `source`, writes them with `prediction`, in order; returns how many."""
+    """Reads JSON lines with `source`, writes them with `prediction`, in order; returns how many.
+
+    Of several hosts the first one reads and writes.
+    """
+    rows = hosts.agreed(lambda: read_sources(source, output))
+    config, base, frozen, trainable, _ = open_workdir(workdir)
+    section = call("evaluation", setup.Evaluation, config["evaluation"])
+    prompts = setup.make_prompts(base, rows)
+    write = evaluate.make_writer(base, section.batch_size)
+    predictions = write(*base.method.bind(frozen, trainable), prompts, config["seed"])
+    done = [row | {"prediction": prediction} for row, prediction in zip(rows, predictions, strict=True)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done)
+    hosts.agreed(lambda: guarded(Path(output).parent, lambda: replace(Path(output), text)))
+    return len(done)
+
+
+def read_sources(source: str, output: str) -> list[dict[str, Any]]:
+    """The objects of a file for `generate_file`; raises `UserError` for what is none, or could not be written."""
     rows = []
     for number, line in enumerate(read_text(source).splitlines(), start=1):
         if not line.strip():
@@ -215,15 +251,7 @@ def generate_file(workdir: str, source: str, output: str) -> int:
         raise UserError(f"{source} is empty; expected JSON lines with 'source'")
     if not Path(output).resolve().parent.is_dir():
         raise UserError(f"cannot write {output}: its folder does not exist")
-    config, base, frozen, trainable, _ = open_workdir(workdir)
-    section = call("evaluation", setup.Evaluation, config["evaluation"])
-    prompts = setup.make_prompts(base, rows)
-    write = evaluate.make_writer(base, section.batch_size)
-    predictions = write(*base.method.bind(frozen, trainable), prompts, config["seed"])
-    done = [row | {"prediction": prediction} for row, prediction in zip(rows, predictions, strict=True)]
-    if hosts.primary():
-        replace(Path(output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done))
-    return len(done)
+    return rows
 
 
 def export_workdir(

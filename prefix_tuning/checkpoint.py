@@ -1,5 +1,6 @@
 """Checkpoints of the `TrainState` through Orbax: asynchronous, atomic, the newest few, each with a checksum."""
 
+import itertools
 import logging
 import os
 import warnings
@@ -10,12 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from prefix_tuning import hosts
 from prefix_tuning.errors import UserError
 from prefix_tuning.types import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
 
 import orbax.checkpoint as ocp  # noqa: E402 (it logs while it is imported)
+
+OPENED = itertools.count()  # folders so far, in the same order on all hosts
 
 
 class Checkpoints:
@@ -28,14 +32,18 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+            # Several hosts meet by names, which two folders that are written at once must not share.
+            meetings = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"checkpoints_{next(OPENED)}")
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=True, multiprocessing_options=meetings
+            )
             self.manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self.folder}: {error.strerror or error}") from error
 
     def save(self, state: TrainState, **notes: Any) -> None:
         """Starts to write the state, and any JSON notes beside it; returns before it is done."""
-        step, items = int(state.step), jax.device_get(plain(state))
+        step, items = int(state.step), hosts.fetch(plain(state))
         if step in self.manager.all_steps():
             return
         notes |= {"checksums": {name: checksum(tree) for name, tree in items.items()}}

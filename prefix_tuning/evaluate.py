@@ -12,7 +12,7 @@ from prefix_tuning.data import pipeline, tasks
 from prefix_tuning.decode import make_generate, ready
 from prefix_tuning.errors import UserError
 from prefix_tuning.parallel import Layout
-from prefix_tuning.setup import Base, Run, Split, own_part
+from prefix_tuning.setup import Base, Run, Split
 from prefix_tuning.types import Adaptation, Batch, Params
 
 SHAPES = 4  # padded lengths that batches of what is chosen may have
@@ -42,13 +42,13 @@ def make_chooser(base: Base, batch_size: int, check: Callable) -> Write:
         del seed
         scores: dict[int, np.ndarray] = {}
         batches = pipeline.eval_batches(encoded.examples, batch_size=batch_size, shapes=SHAPES)
-        for _, (indices, batch) in hosts.shared_out(batches, check):
+        for _, (indices, batch) in hosts.shared_out(batches, check, apart=base.layout.apart):
             rows = Batch(**jax.tree.map(base.layout.split_rows, batch))
             found = jax.device_get(predict(params, adaptation, rows))
             for b, i in enumerate(indices):
                 if i >= 0:
                     scores[int(i)] = found[b]
-        scores = hosts.collected(scores)
+        scores = hosts.collected(scores) if base.layout.apart else scores
         return tasks.answers(base.task, encoded, [scores[i] for i in range(len(encoded.examples))])
 
     return write
@@ -66,7 +66,7 @@ def make_generator(base: Base, batch_size: int, check: Callable) -> Write:
         texts: dict[int, str] = {}
         params = ready(params, base.model)
         batches = pipeline.prompt_batches(prompts, batch_size=batch_size, multiple=MULTIPLE, longest=longest)
-        for number, (indices, tokens, lengths) in hosts.shared_out(batches, check):
+        for number, (indices, tokens, lengths) in hosts.shared_out(batches, check, apart=base.layout.apart):
             key = jax.random.fold_in(jax.random.key(seed), number)
             rows = base.layout.split_rows(tokens), base.layout.split_rows(lengths)
             new, new_lengths = jax.device_get(generate(params, adaptation, *rows, key))
@@ -74,7 +74,8 @@ def make_generator(base: Base, batch_size: int, check: Callable) -> Write:
                 if i >= 0:
                     text = base.tokenizer.decode(new[b, : new_lengths[b]], skip_special_tokens=True)
                     texts[int(i)] = text.strip()
-        found = {number: text for one in hosts.gather(list(texts.items())) for number, text in one}
+        everyone = hosts.gather(list(texts.items())) if base.layout.apart else [texts.items()]
+        found = {number: text for one in everyone for number, text in one}
         return [found[i] for i in range(len(prompts))]
 
     return write
@@ -100,7 +101,7 @@ def mean_loss(
 ) -> dict[str, float]:
     """Loss as training normalises it and accuracy on a split's pairs, and perplexity per token of what is written."""
     totals: dict[str, np.ndarray] = {}
-    options = {"batch_size": run.evaluation.batch_size, "shapes": run.train.shapes, "part": own_part()}
+    options = {"batch_size": run.evaluation.batch_size, "shapes": run.train.shapes, "part": layout.part()}
     for _, batch in pipeline.eval_batches(split.pairs, **options):
         check()
         sums = jax.device_get(step(frozen, trainable, layout.split_eval_batch(batch)))

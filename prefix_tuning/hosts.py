@@ -5,8 +5,9 @@
 
 Every process runs the same command and takes the same steps in the same order; each function below that says "all
 must call it" is a meeting of all of them.  A batch is the same whatever the number of processes: each makes its rows
-of it.  Evaluation shares out batches, and every process gets all answers.  What is written, the first process writes;
-all read it, so that `--workdir` must be a folder that all of them see.
+of it.  Evaluation shares out batches, and every process gets all answers; with weights in shards over all of them
+(parallel=sharded) it shares out rows.  What is written, the first process writes; all read it, so that `--workdir` must
+be a folder that all of them see.
 
 A process that goes without a word is noticed by the others: at once where a connection breaks, else after `HEARTBEAT`
 seconds by JAX's coordination service.  All then end with one line and an exit code other than 0, and whatever starts
@@ -41,6 +42,7 @@ jobs), and finds process 0 by the name that a headless service gives it; TPU sli
           volumes: [{name: shared, persistentVolumeClaim: {claimName: shared}}]
 """
 
+import functools
 import io
 import json
 import os
@@ -62,6 +64,7 @@ from prefix_tuning.errors import UserError
 T = TypeVar("T")
 HEARTBEAT = 30  # seconds without one after which a process counts as lost
 ARRIVE = 300  # seconds in which all processes must have started
+AT_ONCE = 1 << 26  # bytes of an array that a device takes from the others for its host to read
 LEAVE = 10  # seconds that a process which has failed waits for the others to fail as well
 AUTO = "auto"
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -86,6 +89,8 @@ def start(hosts: str | None, environment: Mapping[str, str] = os.environ) -> Non
     if address is not None:
         options |= {"coordinator_address": address, "num_processes": count, "process_id": index}
         options |= {"cluster_detection_method": "deactivate"}
+    elif alone_on_node(environment):
+        options |= {"local_device_ids": []}  # all of them; JAX would take the first one of each Slurm task's node
     where = f"{address}, {count} of them" if address else "an address that it finds by itself"
     say_at_death(f"error: JAX has not seen all processes at {where}, within {ARRIVE} s; {AGAIN}")
     try:
@@ -127,6 +132,12 @@ def asked(hosts: str | None, environment: Mapping[str, str]) -> tuple[str | None
     if parsed is None or not int(parsed[3]) < int(parsed[2]):
         raise UserError(f"--hosts={text!r}; expected auto, or ADDRESS:PORT,COUNT,INDEX with an INDEX from 0 to COUNT-1")
     return (parsed[1], int(parsed[2]), int(parsed[3])) if int(parsed[2]) > 1 else None
+
+
+def alone_on_node(environment: Mapping[str, str]) -> bool:
+    """Whether each node of a step of Slurm has one task, and nobody has said which devices are its own."""
+    tasks = re.sub(r"\(x\d+\)", "", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return set(tasks.split(",")) == {"1"} and not environment.get("JAX_LOCAL_DEVICE_IDS")
 
 
 def count() -> int:
@@ -185,6 +196,57 @@ def same(**values: Any) -> None:
         raise UserError(f"the {len(found)} hosts differ in {told}; expected the same files and workdir on all of them")
 
 
+def has(array: Any) -> bool:
+    """Whether this process has all of an array, which may lie on several of them."""
+    return not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated
+
+
+def fetch(tree: Any) -> Any:
+    """`jax.device_get`, also of arrays that no process has all of; all must call it, and all get all."""
+
+    def read(x: Any) -> Any:
+        if has(x):
+            return jax.device_get(x)
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(collect(jax.random.key_data(x)))
+        return collect(x)
+
+    return jax.tree.map(read, tree)
+
+
+def collect(array: jax.Array) -> np.ndarray:
+    """An array [N ...] that lies on several processes, some rows at a time, since no device may have room for it."""
+    whole = NamedSharding(array.sharding.mesh, PartitionSpec())
+    found = np.empty(array.shape, array.dtype)
+    rows = min(len(array), max(1, AT_ONCE * len(array) // array.nbytes))
+    for start in (*range(0, len(array) - rows, rows), len(array) - rows):
+        found[start : start + rows] = take(array, start, rows, whole)
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def take(array: jax.Array, start: int, rows: int, where: NamedSharding) -> jax.Array:
+    """So many rows of an array, placed elsewhere."""
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_slice_in_dim(array, start, rows), where)
+
+
+def spread(tree: Any, where: Any) -> Any:
+    """`jax.device_put` of what every process has, onto devices of several: each puts there what is its own's.
+
+    `where` is one sharding for all, or a tree of them.
+    """
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable or not has(x):
+            return jax.device_put(x, sharding)
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding))
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree, jax.tree.map(lambda _: where, tree) if isinstance(where, NamedSharding) else where)
+
+
 def largest(number: int) -> int | jax.Array:
     """The largest of all processes' numbers, perhaps still on its way; all must call it."""
     if count() == 1:
@@ -200,9 +262,12 @@ def maximum(numbers: jax.Array) -> jax.Array:
     return numbers.max()
 
 
-def shared_out(batches: Iterable[T], check: Callable[[], None]) -> Iterator[tuple[int, T]]:
-    """(number, batch) of this process, which takes its turn; `check` runs on all before each round."""
-    own, all_of_them = index(), count()
+def shared_out(batches: Iterable[T], check: Callable[[], None], *, apart: bool = True) -> Iterator[tuple[int, T]]:
+    """(number, batch) of this process, which takes its turn; `check` runs on all before each round.
+
+    Where they do not compute `apart`, all take every batch.
+    """
+    own, all_of_them = (index(), count()) if apart else (0, 1)
     for number, batch in enumerate(batches):
         if number % all_of_them == 0:
             check()

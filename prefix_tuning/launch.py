@@ -35,6 +35,7 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "nodelist": str,
     "exclude": str,
     "gres": str,
+    "nodes": int,
     "timeout_min": int,
     "mem_gb": float,
     "cpus_per_task": int,
@@ -43,35 +44,35 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "signal_delay_s": int,
 }
 DEFAULTS = {"timeout_min": 60}
-ALL_CLUSTERS = (
-    "timeout_min",
-    "mem_gb",
-    "cpus_per_task",
-    "gpus_per_node",
-)  # which submitit has for other schedulers too
+# Those that submitit has for other schedulers too.
+ALL_CLUSTERS = ("nodes", "timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node")
 
 
 class Process:
     """One command that writes to its folder's log.txt and leaves its exit code there.
 
     It holds a lock on the folder as long as it lives: a sweep that was killed leaves its run behind, and two must not
-    train in one folder.
+    train in one folder.  Of a run in several processes each has a number, and those beyond the first have files of
+    their own.
     """
 
-    def __init__(self, command: list[str], folder: Path):
+    def __init__(self, command: list[str], folder: Path, number: int = 0):
         self.command, self.folder = command, folder
+        self.lock, self.log, self.code = (
+            folder / (f"host_{number}_{name}" if number else name) for name in ("lock", "log.txt", "exit_code")
+        )
 
     def start(self) -> bool:
         """Starts it, unless another process still holds the folder; whether it did."""
         guarded(self.folder, lambda: self.folder.mkdir(parents=True, exist_ok=True))
-        with (self.folder / "lock").open("w") as lock, (self.folder / "log.txt").open("a") as log:
+        with self.lock.open("w") as lock, self.log.open("a") as log:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
             except OSError:
                 pass  # a file system without locks
-            (self.folder / "exit_code").unlink(missing_ok=True)
+            self.code.unlink(missing_ok=True)
             # Its own session, so that Ctrl-C reaches this process alone, which then stops it.
             self.popen = subprocess.Popen(
                 self.command, stdout=log, stderr=log, pass_fds=[lock.fileno()], start_new_session=True
@@ -80,7 +81,7 @@ class Process:
 
     def ended(self, code: int) -> None:
         """Notes how it ended."""
-        guarded(self.folder, lambda: replace(self.folder / "exit_code", f"{code}\n"))
+        guarded(self.folder, lambda: replace(self.code, f"{code}\n"))
 
 
 class Local:
@@ -133,6 +134,9 @@ class Task:
     Slurm sends its signals to every process of a job.  SIGTERM, before it cancels, preempts or requeues, thus reaches
     the run itself, which saves and stops.  SIGUSR2, before the time limit, would kill it and is kept from it: submitit
     takes it, calls `checkpoint`, and requeues the job.
+
+    On several nodes each has such a task, whose processes join by what Slurm tells them (hosts.py).  The first one
+    speaks for the job, and to stop its process stops all.
     """
 
     def __init__(self, command: list[str], folder: Path):
@@ -142,15 +146,16 @@ class Task:
     def __call__(self) -> None:
         """Runs the command to its end; raises `RuntimeError` if it failed, so that the job counts as failed."""
         signal.signal(signal.SIGTERM, self.note)
-        self.process = Process(["sh", "-c", 'trap "" USR2; exec "$@"', "sh", *self.command], self.folder)
+        number = int(os.environ.get("SLURM_PROCID", "0"))
+        self.process = Process(["sh", "-c", 'trap "" USR2; exec "$@"', "sh", *self.command], self.folder, number)
         while not self.process.start():
             time.sleep(5)
         code = self.process.popen.wait()
         while code in STOPPED and self.told:
             signal.pause()  # to end by itself now would keep a preempted job from being requeued
         self.process.ended(code)
-        if code:
-            raise RuntimeError(f"exit code {code}; see {self.folder / 'log.txt'}")
+        if code and not (number and code in STOPPED):  # which the first one may do to be requeued
+            raise RuntimeError(f"exit code {code}; see {self.process.log}")
 
     def note(self, *_: Any) -> None:
         """The handler of SIGTERM."""
@@ -211,6 +216,7 @@ class Slurm:
         executor.update_parameters(
             name=job,
             **{key if key in ALL_CLUSTERS else f"slurm_{key}": value for key, value in self.options.items()},
+            tasks_per_node=1,  # with all of a node's devices
             slurm_additional_parameters={"requeue": True},  # whatever the cluster's default
             slurm_setup=[f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"],
         )

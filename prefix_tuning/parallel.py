@@ -1,6 +1,7 @@
 """One step body on many devices, also of several processes: replicated, everything on each and batches split over their
 rows; or sharded, the weights split as well, by rules that are data."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prefix_tuning import hosts
+from prefix_tuning.data.pipeline import WHOLE as ALL_ROWS
+from prefix_tuning.data.pipeline import Part
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.registry import call
 from prefix_tuning.types import Batch, Params, Spec
 
-AXIS, MODEL = "data", "model"
+AXIS, MODEL, HOSTS = "data", "model", "hosts"
 # Mesh axis -> the logical axes of a weight that it may split, the first that it divides.  A weight that has none of
 # them, or none that it divides, is whole on all devices along that mesh axis: 9 heads on 4 devices are no error.
 RULES = {
@@ -27,6 +30,39 @@ WHOLE = PartitionSpec()
 def mesh() -> Mesh:
     """All local devices in a row."""
     return Mesh(np.asarray(jax.local_devices()), (AXIS,))
+
+
+def everywhere() -> Mesh:
+    """The devices of all processes [hosts data]."""
+    return Mesh(np.asarray(devices()).reshape(jax.process_count(), -1), (HOSTS, AXIS))
+
+
+def devices() -> list[jax.Device]:
+    """Those of all processes, one process after the other."""
+    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+
+
+def joined(tree: Any, mesh: Mesh) -> Any:
+    """What `place` made in every process, as arrays on the devices of all: nothing is copied."""
+    where = NamedSharding(mesh, WHOLE)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jax.make_array_from_single_device_arrays(x.shape, where, [shard.data for shard in x.addressable_shards])
+
+    return jax.tree.map(join, tree)
+
+
+def assembled(array: np.ndarray, where: NamedSharding, axis: int, part: Part) -> jax.Array:
+    """An array on the devices of all processes, of which each has a `part` along an axis."""
+    own = array.shape[axis]
+    shape = (*array.shape[:axis], own * part.count, *array.shape[axis + 1 :])
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[axis].indices(shape[axis])
+        here = slice(start - part.index * own, stop - part.index * own)
+        return array[(*index[:axis], here, *index[axis + 1 :])]
+
+    return jax.make_array_from_callback(shape, where, shard)
 
 
 def place(tree: Any) -> Any:
@@ -75,6 +111,7 @@ class Replicated:
     """The layout in which everything is on every local device, and the step itself sums over them, under pmap."""
 
     axis = AXIS
+    apart = True  # each process has the model, and computes by itself what needs no sum over all rows
     where = None  # weights are read on the host, and placed from there
     place = staticmethod(place)
     split_rows = staticmethod(split_rows)
@@ -88,8 +125,13 @@ class Replicated:
         """
         check_rows(rows, accumulate, jax.local_device_count() if own else jax.device_count())
 
+    def part(self, accumulate: int = 1) -> Part:
+        """The rows of every batch that this process makes."""
+        del accumulate  # gradients are sums over all micro-batches
+        return Part(hosts.index(), hosts.count())
+
     def split_eval_batch(self, batch: dict[str, np.ndarray]) -> Batch:
-        """Leaves [B ...] for `eval_step`."""
+        """Leaves [B ...], this process's part, for `eval_step`."""
         return jax.tree.map(lambda x: x[:, 0], split_batch(batch))
 
     def train_step(self, step: Callable, state: Any) -> Callable:
@@ -108,13 +150,15 @@ class Replicated:
 
 class Sharded:
     """The layout in which weights are split over a mesh [data model] by `RULES`, and with them what is trained as their
-    copy; a step is one computation, under jit, whose sums over rows XLA splits."""
+    copy; a step is one computation of all processes, under jit, whose sums over rows XLA splits."""
 
     axis = None
+    apart = False
 
     def __init__(self, specs: Params, data: int, model: int):
         """For the weights that `specs` describe, on data x model devices."""
-        self.mesh = Mesh(np.asarray(jax.devices()).reshape(data, model), (AXIS, MODEL))
+        # Those of a process stand side by side, along `model` first: what is exchanged most stays within a host.
+        self.mesh = Mesh(np.asarray(devices()).reshape(data, model), (AXIS, MODEL))
         leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, Spec))
         self.specs = {names(path): spec for path, spec in leaves}
 
@@ -142,25 +186,33 @@ class Sharded:
 
     def place(self, tree: Any) -> Any:
         """The tree on the mesh, once."""
-        return jax.device_put(tree, self.shardings(tree))
+        return hosts.spread(tree, self.shardings(tree))
 
     def check_rows(self, rows: int, accumulate: int = 1, *, own: bool = False) -> None:
         """As for `Replicated`, over the data axis alone."""
         del own
         check_rows(rows, accumulate, self.mesh.shape[AXIS])
 
-    def split_rows(self, array: np.ndarray, axis: int = 0) -> Any:
-        """An array with its rows, on this axis, spread over the mesh's data axis."""
-        return jax.device_put(array, self.on(PartitionSpec(*[None] * axis, AXIS)))
+    def part(self, accumulate: int = 1) -> Part:
+        """As for `Replicated`; those of every micro-batch.  Processes whose devices share rows make the same ones."""
+        own = [any(one.process_index == jax.process_index() for one in row) for row in self.mesh.devices]
+        first, count = own.index(True), sum(own)
+        if len(own) % count or first % count:  # its devices begin or end amid those of a row: it makes all
+            return Part(blocks=accumulate)
+        return Part(first // count, len(own) // count, accumulate)
+
+    def split_rows(self, array: np.ndarray, axis: int = 0, part: Part = ALL_ROWS) -> jax.Array:
+        """An array with its rows, on this axis, spread over the mesh's data axis; the given ones are this `part`."""
+        return assembled(array, self.on(PartitionSpec(*[None] * axis, AXIS)), axis, part)
 
     def split_batch(self, batch: dict[str, np.ndarray], accumulate: int = 1) -> Batch:
-        """Leaves [B ...] as [A B/A ...], ready for `train_step`."""
+        """Leaves [B ...], this process's part, as [A B/A ...] of all, ready for `train_step`."""
         parts = {name: x.reshape(accumulate, -1, *x.shape[1:]) for name, x in batch.items()}
-        return Batch(**{name: self.split_rows(x, 1) for name, x in parts.items()})
+        return Batch(**{name: self.split_rows(x, 1, self.part()) for name, x in parts.items()})
 
     def split_eval_batch(self, batch: dict[str, np.ndarray]) -> Batch:
         """As for `Replicated`."""
-        return Batch(**{name: self.split_rows(x) for name, x in batch.items()})
+        return Batch(**{name: self.split_rows(x, 0, self.part()) for name, x in batch.items()})
 
     def train_step(self, step: Callable, state: Any) -> Callable:
         """As for `Replicated`: the state is donated, the frozen weights never are."""
@@ -192,6 +244,14 @@ class Sharded:
 Layout = Replicated | Sharded
 
 
+def told_of(weights: Params) -> contextlib.AbstractContextManager:
+    """In which what is traced knows the mesh that weights are split over, if they are, as `Sharded.told` says."""
+    where = getattr(jax.tree.leaves(weights)[0], "sharding", None)
+    if not isinstance(where, NamedSharding):
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(where.mesh.abstract_mesh)
+
+
 def names(path: tuple) -> tuple[str, ...]:
     """The keys of nested dicts that a path ends in."""
     found: list[str] = []
@@ -219,8 +279,6 @@ def make(specs: Params, kind: str = "replicated", sizes: dict[str, int | None] |
     """The layout that a config's `parallel` and section `mesh` ask for, for a model's weights; raises `UserError`."""
     valid("parallel", kind, ("replicated", "sharded"))
     if kind == "sharded":
-        if jax.process_count() > 1:  # they decode batches of their own, each at its own pace
-            raise UserError("parallel=sharded is for the devices of one process; with several expected replicated")
         return Sharded(specs, *call("mesh", mesh_sizes, sizes or {}, jax.device_count()))
     if any(size is not None for size in (sizes or {}).values()):
         raise UserError(f"mesh={sizes} goes with parallel=sharded; with parallel={kind} it would do nothing")

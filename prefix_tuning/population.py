@@ -15,11 +15,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from prefix_tuning import parallel, setup
+from prefix_tuning import hosts, parallel, setup
 from prefix_tuning.errors import UserError
 from prefix_tuning.optimizer import make_optimizer
 from prefix_tuning.train_step import Sums, make_train_step
-from prefix_tuning.types import KV, Adaptation, Method, Params, TrainState
+from prefix_tuning.types import KV, Adaptation, Batch, Method, Params, TrainState
 
 Batches = dict[str, np.ndarray]
 OWN = "population"  # among the frozen weights: what is no parameter and yet each run's own
@@ -80,8 +80,6 @@ def groups(configs: Sequence[dict[str, Any]], size: int) -> list[list[int]]:
 
 def check(configs: Sequence[dict[str, Any]], bases: Sequence[setup.Base], runs: Sequence[setup.Run]) -> None:
     """Raises `UserError` unless the runs differ only in where they start, their lengths, rates and seeds."""
-    if not isinstance(bases[0].layout, parallel.Replicated):
-        raise UserError("runs that train together share weights that are whole; expected parallel=replicated for them")
     first = flat(configs[0])
     for config in configs[1:]:
         own, free = flat(config), varying(configs[0]) & varying(config)
@@ -162,8 +160,8 @@ class Single:
 
 
 class Population:
-    """K runs in one step.  Their K parameters are spread over the local devices where K is a multiple of those, and
-    else each batch's rows are."""
+    """K runs in one step.  Of each host's devices, their K parameters are spread over them where K is a multiple of
+    those, and else its rows of each batch are; beside weights in shards they are whole on every device."""
 
     def __init__(
         self,
@@ -187,20 +185,30 @@ class Population:
                 own = {"mask": jnp.arange(max(lengths)) < length}
                 adaptation = bases[number].method.bind(self.prepared[number], self.like[number].trainable)[1]
                 extra[OWN] = own if adaptation.shift is None else own | {"shift": adaptation.shift}
-        self.devices = jax.local_device_count()
-        self.by_member = len(configs) % self.devices == 0
-        self.rows = 1 if self.by_member else self.devices  # parts of a batch
-        over = NamedSharding(parallel.mesh(), PartitionSpec(parallel.AXIS if self.by_member else None))
+        self.layout = bases[0].layout
+        self.sharded = isinstance(self.layout, parallel.Sharded)
+        self.mesh = self.layout.mesh if self.sharded else parallel.everywhere()
+        local = self.mesh.shape[parallel.AXIS]
+        by_member = not self.sharded and len(configs) % local == 0
+        # Mesh axes that runs are spread over, and those of a batch [parts A B/A ...], or [A B/A ...] without parts.
+        self.over_runs = parallel.AXIS if by_member else None
+        self.parts = () if self.sharded else (1 if by_member else local,)  # of a host's share of a batch
+        self.over_rows: tuple = (None, parallel.AXIS)
+        if not self.sharded:
+            self.over_rows = (parallel.HOSTS if by_member else (parallel.HOSTS, parallel.AXIS),)
+        over, whole = (NamedSharding(self.mesh, PartitionSpec(axis)) for axis in (self.over_runs, None))
         self.sharding = over
-        self.weights = parallel.place(weights)
+        self.weights = self.layout.place(weights)
         self.extras = [jax.tree.map(padded, extra, extras[widest]) for extra in extras]
-        stacked = jax.device_put(jax.tree.map(lambda *xs: jnp.stack(xs), *self.extras), over)
-        self.frozen = self.weights | stacked
-        self.rates = jax.device_put(jnp.array([c["optimizer"]["learning_rate"] for c in configs], jnp.float32), over)
+        stacked = hosts.spread(jax.tree.map(lambda *xs: jnp.stack(xs), *self.extras), over)
+        self.frozen = (self.weights if self.sharded else parallel.joined(self.weights, self.mesh)) | stacked
+        self.rates = hosts.spread(np.array([c["optimizer"]["learning_rate"] for c in configs], np.float32), over)
         self.alike = len({config["seed"] for config in configs}) == 1  # and so the batches
-        axes = dict.fromkeys(self.weights) | dict.fromkeys(stacked, 0)
+        axes = dict.fromkeys(weights) | dict.fromkeys(stacked, 0)
         step = jax.vmap(self.one, in_axes=(axes, 0, None if self.alike else 0, 0))
-        self.step = jax.jit(step, donate_argnums=1, out_shardings=(over, over))
+        self.step = jax.jit(
+            self.layout.told(step) if self.sharded else step, donate_argnums=1, out_shardings=(over, whole)
+        )
         self.state: TrainState | None = None
 
     def one(self, frozen: Params, state: TrainState, batch: Any, rate: Array) -> tuple[TrainState, Sums]:
@@ -208,7 +216,9 @@ class Population:
         base, run = self.bases[0], self.runs[0]
         section = self.configs[0]["optimizer"] | {"learning_rate": rate}
         tx, _ = make_optimizer(run.data.total_steps, **section)
-        body = make_train_step(base.model, self.method, base.objective, tx, axis=parallel.AXIS)
+        body = make_train_step(base.model, self.method, base.objective, tx, axis=self.layout.axis)
+        if self.sharded:
+            return body(frozen, state, batch)
         return jax.vmap(body, in_axes=(None, None, 0), out_axes=None, axis_name=parallel.AXIS)(frozen, state, batch)
 
     def fresh(self) -> list[TrainState]:
@@ -218,29 +228,27 @@ class Population:
     def start(self, states: Sequence[TrainState]) -> None:
         """As in `Single`."""
         whole = [jax.tree.map(padded, state, self.shapes) for state in states]
-        self.state = jax.device_put(jax.tree.map(lambda *xs: jnp.stack(xs), *whole), self.sharding)
+        self.state = hosts.spread(jax.tree.map(lambda *xs: jnp.stack(xs), *whole), self.sharding)
 
     def batches(self, first: int) -> Iterator[Any]:
         """As in `Single`; runs with one seed share their batches, those of others are padded to one shape."""
-        accumulate = self.runs[0].train.accumulate
-        axis = parallel.AXIS if not self.by_member else None
+        part, rows = self.layout.part(), len(self.over_rows) - 1
+        shape = (*self.parts, self.runs[0].train.accumulate, -1)
         if self.alike:
-            where = NamedSharding(parallel.mesh(), PartitionSpec(axis))
+            where = NamedSharding(self.mesh, PartitionSpec(*self.over_rows))
             for batch in self.runs[0].data.batches(first):
-                yield jax.device_put(parallel.split_batch(batch, accumulate, self.rows), where)
+                split = {name: x.reshape(*shape, *x.shape[1:]) for name, x in batch.items()}
+                yield Batch(**{name: parallel.assembled(x, where, rows, part) for name, x in split.items()})
             return
-        member = parallel.AXIS if self.by_member else None
-        where = NamedSharding(parallel.mesh(), PartitionSpec(member, axis))
+        where = NamedSharding(self.mesh, PartitionSpec(self.over_runs, *self.over_rows))
         seeds = [config["seed"] for config in self.configs]
         streams = {seed: run.data for seed, run in zip(seeds, self.runs, strict=True)}
         for found in zip(*(data.batches(first) for data in streams.values()), strict=True):
             batch = dict(zip(streams, found, strict=True))
             widest = self.widest(found)
-            parts = [
-                parallel.split_batch({n: padded(x, widest[n]) for n, x in batch[seed].items()}, accumulate, self.rows)
-                for seed in seeds
-            ]
-            yield jax.device_put(jax.tree.map(lambda *xs: np.stack(xs), *parts), where)
+            whole = {n: np.stack([padded(batch[seed][n], like) for seed in seeds]) for n, like in widest.items()}
+            split = {name: x.reshape(len(seeds), *shape, *x.shape[2:]) for name, x in whole.items()}
+            yield Batch(**{name: parallel.assembled(x, where, rows + 1, part) for name, x in split.items()})
 
     def widest(self, found: Sequence[Batches]) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes that several batches are padded to: few, since N is a function of T alone."""
@@ -264,8 +272,9 @@ class Population:
 
     def states(self) -> list[TrainState]:
         """As in `Single`, without the padding."""
+        state = hosts.fetch(self.state) if hosts.count() > 1 else self.state
         cut = lambda number: lambda x, like: x[number][tuple(map(slice, like.shape))]  # noqa: E731
-        return [jax.tree.map(cut(i), self.state, like) for i, like in enumerate(self.like)]
+        return [jax.tree.map(cut(i), state, like) for i, like in enumerate(self.like)]
 
     def own(self, number: int) -> Params:
         """As in `Single`."""
@@ -274,7 +283,7 @@ class Population:
     def bound(self, number: int, trainable: Params) -> tuple[Params, Params]:
         """As in `Single`; padded, so that all runs are evaluated by what is compiled once."""
         whole = jax.tree.map(padded, trainable, self.shapes.trainable)
-        extra, whole = parallel.place((self.extras[number], whole))
+        extra, whole = self.layout.place((self.extras[number], whole))
         return self.weights | extra, whole
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from prefix_tuning import setup
+from prefix_tuning import hosts, setup
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.errors import UserError
 from prefix_tuning.files import guarded, replace
@@ -31,7 +31,8 @@ def save_adapter(
 ) -> None:
     """Writes an adaptation and its task head in PEFT's layout, the tokenizer and the prompt's template beside them.
 
-    `params` are what the method's `bind` gave beside it.  Raises `UserError` for what PEFT cannot express.
+    `params` are what the method's `bind` gave beside it.  All hosts must call it, and the first one writes.  Raises
+    `UserError` for what PEFT cannot express.
     """
     if new_weights(frozen, params):
         raise UserError("PEFT's folder holds no fine-tuned weights; valid formats for them: merged")
@@ -41,13 +42,17 @@ def save_adapter(
         kind = "P_TUNING"
     elif section["name"] == "prefix" and slots:
         kind = "CARTRIDGE"
-    beside = None if head is None else (peft.head_of(config["objective"], base.model), head)
+    beside = None if head is None else (peft.head_of(config["objective"], base.model), hosts.fetch(head))
     name = config["model"]["name"]
-    own = jax.device_get(adaptation)
+    own = hosts.fetch(adaptation)
     peft.save_adapter(folder, own, base.model, name, frozen=frozen, kind=kind, frozen_slots=slots, head=beside)
     text = {name: value for name, value in config["text"].items() if value is not None}
-    guarded(folder, lambda: replace(folder / TEMPLATE, json.dumps(text, indent=2, sort_keys=True) + "\n"))
-    guarded(folder, lambda: base.tokenizer.save_pretrained(folder))
+
+    def write() -> None:
+        replace(folder / TEMPLATE, json.dumps(text, indent=2, sort_keys=True) + "\n")
+        base.tokenizer.save_pretrained(folder)
+
+    hosts.agreed(lambda: guarded(folder, write))
 
 
 def new_weights(frozen: Params, params: Params) -> bool:
@@ -72,7 +77,7 @@ def start_from(config: dict[str, Any], begin: Callable[[setup.Base], Begin], wor
     make = begin(base)
     run = setup.make_run(config, base)
     base.layout.check_rows(run.train.batch_size, run.train.accumulate)
-    check_config(workdir, config)
+    check_config(workdir, config, setup.usual(config))
     place = Path(workdir) / "checkpoints"
     if place.is_dir() and any(place.iterdir()):
         raise UserError(f"{workdir} has checkpoints already; expected a new workdir")

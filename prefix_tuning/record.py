@@ -20,6 +20,7 @@ from prefix_tuning.files import guarded, read_json, read_lines, replace, write_j
 
 WORKDIR = "a workdir made by 'run.py train'"
 LAYOUT = ("parallel", "mesh")
+MISSING = object()
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "grain", "numpy")
 
 
@@ -79,16 +80,18 @@ class Record:
             self.board.close()
 
 
-def check_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
+def check_config(workdir: str | os.PathLike, config: dict[str, Any], usual: dict[str, Any]) -> None:
     """Raises `UserError`, naming the keys that differ, if the workdir was made with another config.
 
-    Where its arrays lie may differ: a run goes on in another layout, and older workdirs name none.
+    Where its arrays lie may differ: a run goes on in another layout, and older workdirs name none.  A key that only one
+    of them has is the other's `usual` value: an option that came later changes nothing unless it is set.
     """
     path = Path(workdir) / "config.json"
     if not path.exists():
         return
-    made, own = read_json(path, WORKDIR), json.loads(json.dumps(config))
-    differing = differences(*({key: part for key, part in one.items() if key not in LAYOUT} for one in (made, own)))
+    made, own, usual = read_json(path, WORKDIR), *(json.loads(json.dumps(one)) for one in (config, usual))
+    first, second = ({key: part for key, part in one.items() if key not in LAYOUT} for one in (made, own))
+    differing = differences(first, second, usual)
     if differing:
         raise UserError(
             f"workdir {workdir} was made with another config: {'; '.join(differing)}; "
@@ -115,12 +118,16 @@ def environment() -> dict[str, Any]:
     }
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """The leaves at which two nested dicts differ, as 'a.b: old -> new'."""
+def differences(old: Any, new: Any, usual: Any = None, path: str = "") -> list[str]:
+    """The leaves at which two nested dicts differ, as 'a.b: old -> new'; what one lacks is as `usual`."""
     if isinstance(old, dict) and isinstance(new, dict):
+        known = usual if isinstance(usual, dict) else {}
         return [
             row
             for key in sorted(old.keys() | new.keys())
-            for row in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            for row in differences(
+                *(one.get(key, known.get(key, MISSING)) for one in (old, new, known)), f"{path}.{key}" if path else key
+            )
         ]
-    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+    told = ["not there" if one is MISSING else repr(one) for one in (old, new)]
+    return [] if old == new or all(one in (None, MISSING) for one in (old, new)) else [f"{path}: {' -> '.join(told)}"]

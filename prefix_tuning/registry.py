@@ -14,6 +14,12 @@ def named(section: str, registry: dict[str, Callable], options: dict[str, Any], 
     return call(section, factory, options, *arguments)
 
 
+def defaults(factory: Callable) -> dict[str, Any]:
+    """What a section's options are that it leaves out, as far as they have a default."""
+    parameters = inspect.signature(factory).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
 def call(section: str, factory: Callable, options: dict[str, Any], *arguments: Any) -> Any:
     """factory(*arguments, **options), whose signature is the section's schema; raises `UserError` naming valid keys."""
     parameters = list(inspect.signature(factory).parameters.values())[len(arguments) :]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prefix_tuning import data, hosts, nn, parallel
+from prefix_tuning import data, nn, parallel
 from prefix_tuning.data import pipeline, tasks
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError, valid
@@ -19,12 +19,13 @@ from prefix_tuning.metrics import METRICS
 from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.optimizer import make_optimizer
-from prefix_tuning.registry import call, named
+from prefix_tuning.registry import call, defaults, named
 from prefix_tuning.types import Adaptation, Method, Model, Objective, Params, TrainState, count
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("decode", "parallel", "mesh")  # not in every config
 SECTIONS = ("seed", "model", "dataset", "text", "method", "objective", "optimizer", "train", "evaluation", *OPTIONAL)
+MODEL = {"dtype": "float32", "scan": True, "remat": False}  # what the section `model` need not say
 
 
 class Train(NamedTuple):
@@ -103,11 +104,11 @@ def make_base(config: dict[str, Any]) -> Base:
     missing = [key for key in SECTIONS if key not in (*config, *OPTIONAL)]
     if unknown or missing:
         raise UserError(f"config has unknown sections {unknown} and lacks {missing}; expected {', '.join(SECTIONS)}")
-    valid("model.dtype", config["model"].get("dtype", "float32"), loading.DTYPES)
+    valid("model.dtype", config["model"].get("dtype", MODEL["dtype"]), loading.DTYPES)
     folder = loading.find_folder(resolve(config["model"]["name"]))
     # Unrolled layers take longer to compile and, on a CPU, less time to train: a loop copies what its derivative needs.
     # Rematerialised ones are computed twice, and of the first time only their inputs are kept.
-    layers = {name: config["model"].get(name, usual) for name, usual in (("scan", True), ("remat", False))}
+    layers = {name: config["model"].get(name, MODEL[name]) for name in ("scan", "remat")}
     if layers["remat"] and not layers["scan"]:
         raise UserError(
             "model.remat=True saves nothing with model.scan=False, where XLA undoes it; expected one of them"
@@ -154,6 +155,20 @@ def make_base(config: dict[str, Any]) -> Base:
         prefix_length=nn.taken(abstract_adaptation(method, model), model),
         layout=parallel.make(model.specs, config.get("parallel", "replicated"), config.get("mesh")),
     )
+
+
+def usual(config: dict[str, Any]) -> dict[str, Any]:
+    """What options are that a config leaves out, by section, as far as they have a default."""
+    task = config["objective"]["name"] in tasks.TASKS
+    encode = named("objective", tasks.TASKS, config["objective"]).encode if task else pipeline.encode
+    factories = {"text": encode, "optimizer": make_optimizer, "train": Train, "evaluation": Evaluation}
+    factories |= {
+        name: known[config[name]["name"]]
+        for name, known in (("method", METHODS), ("objective", OBJECTIVES), ("dataset", data.DATASETS))
+    }
+    found = {name: defaults(factory) for name, factory in (factories | {"decode": DecodeConfig}).items()}
+    found["method"]["parts"] = {part: defaults(METHODS[part]) for part in config["method"].get("parts", {})}
+    return found | {"model": MODEL}
 
 
 def make_text(section: dict[str, Any], method: Method, model: Model) -> dict[str, Any]:
@@ -216,7 +231,7 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
     examples = encode(base, pairs)
     check_lengths("train", base, examples)
     options = {"batch_size": train.batch_size, "epochs": train.epochs, "seed": config["seed"], "packing": train.packing}
-    options |= {"shapes": train.shapes, "prefetch": train.prefetch, "part": own_part()}
+    options |= {"shapes": train.shapes, "prefetch": train.prefetch, "part": base.layout.part(train.accumulate)}
     stream = said(pipeline.train_data, examples, **options)
     tx, schedule = call("optimizer", make_optimizer, config["optimizer"], stream.total_steps)
     if evaluation.pairs is not None and base.task is not None:
@@ -229,11 +244,6 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
     if evaluation.final_split != evaluation.split:
         final = make_split(config, base, evaluation.final_split, evaluation)
     return Run(train, evaluation, tx, schedule, stream, split, final)
-
-
-def own_part() -> pipeline.Part:
-    """The rows of every batch that this process makes."""
-    return pipeline.Part(hosts.index(), hosts.count())
 
 
 def make_split(config: dict[str, Any], base: Base, name: str, evaluation: Evaluation) -> Split:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from prefix_tuning import evaluate, hosts, metrics, population, publish, setup
 from prefix_tuning.checkpoint import Checkpoints, checksum, plain
 from prefix_tuning.data.pipeline import Tokens, without
@@ -112,11 +114,9 @@ def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | P
     bases[0].layout.check_rows(evaluation.batch_size)
     check_selection(runs[0])
     if len(configs) > 1:
-        if hosts.count() > 1:
-            raise UserError(f"{len(configs)} runs cannot train together on {hosts.count()} hosts; expected one run")
         population.check(configs, bases, runs)
     for config, workdir in zip(configs, workdirs, strict=True):
-        check_config(workdir, config)
+        check_config(workdir, config, setup.usual(config))
     summaries = hosts.agreed(
         lambda: {str(w): read_json(Path(w) / SUMMARY, WORKDIR) for w in workdirs if (Path(w) / SUMMARY).exists()}
     )
@@ -144,8 +144,10 @@ def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | P
         first, total = int(states[0].step), runs[0].data.total_steps
         # What has begun to differ, in data or weights, would never be noticed: every host adds to the same gradient.
         if hosts.count() > 1:
+            # What lies on several hosts is one array of all.
+            own = [x for x in jax.tree.leaves(list(map(plain, states))) if hosts.has(x)]
             config = zlib.crc32(json.dumps(configs, sort_keys=True).encode())
-            hosts.same(config=config, steps=total, step=first, state=checksum(plain(states[0])))
+            hosts.same(config=config, steps=total, step=first, state=checksum(own))
         for number, member in enumerate(members):
             # Lines beyond the checkpoint come again; so does its own evaluation, if that was cut short.
             evaluated = member.evaluated
@@ -247,9 +249,7 @@ def finish(
     else:
         tuned = score(number, state, evaluation.final_split, run.final)
     target = member.record.workdir / "adapter"
-    folder = hosts.agreed(
-        lambda: export_adapter(member.base, member.config, engine.own(number), state.trainable, target)
-    )
+    folder = export_adapter(member.base, member.config, engine.own(number), state.trainable, target)
     summary = {
         "split": evaluation.final_split,
         "records": len(run.final.records),
@@ -411,7 +411,7 @@ def without_virtual(prompts: list[list[int]] | Encoded, base: setup.Base) -> lis
 def export_adapter(base: setup.Base, config: dict[str, Any], frozen: Any, trainable: Any, folder: Path) -> str | None:
     """Writes the adaptation in PEFT's format; None, saying why, for one that PEFT cannot express."""
     try:
-        publish.save_adapter(folder, base, config, frozen, *base.method.bind(frozen, trainable))
+        publish.save_adapter(folder, base, config, frozen, *base.method.bind(frozen, base.layout.place(trainable)))
     except UserError as error:
         say(f"no adapter/ is written: {error}")
         return None

@@ -132,6 +132,20 @@ def test_where_jax_finds_nobody_it_is_one_line(monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("tasks", "restricted"),
+    [("1(x2)", False), ("1,1(x3)", False), ("8(x2)", True), ("1(x2),2", True), ("", True)],
+)
+def test_a_task_that_has_its_node_alone_takes_all_devices(monkeypatch, tasks, restricted):
+    """JAX takes a Slurm task's number on its node for that of its device."""
+    told = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: told.update(options) or 1 / 0)
+    with pytest.raises(UserError, match="division by zero"):
+        hosts.start(None, SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks})
+    assert told.get("local_device_ids") == (None if restricted else [])
+    assert not hosts.alone_on_node({"SLURM_STEP_TASKS_PER_NODE": "1", "JAX_LOCAL_DEVICE_IDS": "3"})
+
+
 def test_a_single_process_starts_nothing(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", None)
     hosts.start(None, {})
@@ -201,25 +215,13 @@ def test_processes_meet_and_end_together(tmp_path, environment):
         assert err.splitlines()[-1].endswith(f"; {hosts.AGAIN}")
 
 
-@pytest.fixture(scope="module")
-def runs(folder, tmp_path_factory):  # noqa: F811
-    """A folder in which two processes have trained until one was killed, and four have gone on; beside it one's run."""
-    root = tmp_path_factory.mktemp("hosts")
-    alone = loop.train(
-        settings(folder, **{key.replace(".", "__"): value for key, value in SHORT.items()}), root / "alone"
-    )
-    config = [f"--config={folder}/config.py", *(f"--config.{key}={value}" for key, value in SHORT.items())]
-    workdir = f"--workdir={root}/w"
-    jobs = [
-        {"name": "two", "count": 2, "devices": 1, "arguments": ["train", *config, workdir], "lose": 1},
-        {"name": "four", "count": 4, "devices": 1, "arguments": ["train", *config, workdir]},
-        {"name": "eval", "count": 2, "devices": 2, "arguments": ["eval", workdir, "--split=validation"]},
-    ]
+def finish(jobs, root, wait_for=""):
+    """What tests/hosts_processes.py says of these jobs; one that is to be lost dies once there is such a path."""
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "hosts_processes.py"), json.dumps(jobs)],
         cwd=root,
-        env=os.environ | {"XLA_FLAGS": " ".join(flags), "WAIT_FOR": f"{root}/w/checkpoints/3"},
+        env=os.environ | {"XLA_FLAGS": " ".join(flags), "WAIT_FOR": wait_for},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -229,7 +231,32 @@ def runs(folder, tmp_path_factory):  # noqa: F811
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    return root, alone, json.loads(out)
+    return json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):  # noqa: F811
+    """A folder in which two processes have trained until one was killed, and four have gone on; beside it one's run."""
+    root = tmp_path_factory.mktemp("hosts")
+    alone = loop.train(
+        settings(folder, **{key.replace(".", "__"): value for key, value in SHORT.items()}), root / "alone"
+    )
+    config = [f"--config={folder}/config.py", *(f"--config.{key}={value}" for key, value in SHORT.items())]
+    workdir = f"--workdir={root}/w"
+    files = [f"--input={folder}/data/test.jsonl", f"--output={root}/out.jsonl"]
+    jobs = [
+        {"name": "two", "count": 2, "devices": 1, "arguments": ["train", *config, workdir], "lose": 1},
+        {"name": "four", "count": 4, "devices": 1, "arguments": ["train", *config, workdir]},
+        {"name": "eval", "count": 2, "devices": 2, "arguments": ["eval", workdir, "--split=validation"]},
+        {"name": "generate", "count": 2, "devices": 1, "arguments": ["generate", workdir, *files]},
+        {
+            "name": "nowhere",
+            "count": 2,
+            "devices": 1,
+            "arguments": ["generate", workdir, files[0], "--output=no/where"],
+        },
+    ]
+    return root, alone, finish(jobs, root, wait_for=f"{root}/w/checkpoints/3")
 
 
 def test_one_lost_ends_the_others_with_a_word(runs):
@@ -272,6 +299,25 @@ def test_an_evaluation_is_shared_out(runs):
     assert told == api.evaluate_workdir(root / "w", "validation")
     assert read_lines(root / "w" / "predictions" / "validation.jsonl") == predictions
     assert (root / "eval.1.out").read_text() == ""
+
+
+def test_what_is_generated_is_one_file_in_order(runs):
+    root, _, ends = runs
+    assert ends["generate"][0] == [0, 0], (root / "generate.0.err").read_text()
+    wanted = read_lines(next((root / "w" / "predictions").glob("test_*.jsonl")))
+    found = read_lines(root / "out.jsonl")
+    assert [row["source"] for row in found] == [row["source"] for row in wanted]
+    assert [row["prediction"] for row in found] == [row["prediction"] for row in wanted]
+    assert (root / "generate.0.out").read_text() == f"{len(found)} lines written to {root}/out.jsonl\n"
+    assert (root / "generate.1.out").read_text() == ""
+
+
+def test_what_cannot_be_written_ends_all(runs):
+    root, _, ends = runs
+    assert ends["nowhere"][0] == [1, 1]
+    for index in range(2):
+        last = (root / f"nowhere.{index}.err").read_text().splitlines()[-1]
+        assert last == "error: cannot write no/where: its folder does not exist"
 
 
 def test_the_first_process_speaks_for_all(runs):

@@ -90,6 +90,26 @@ def test_seeds_and_starts_on_batches_of_their_own(weights):
     same_as_alone(configs, weights)
 
 
+def test_weights_in_shards_are_shared_too(weights):
+    """With rows and micro-batches split by a mesh, and batches of each run's own."""
+    options = {"train.accumulate": 2}
+    configs = prefixes(2, 4, **options) + prefixes(3, **options, seed=1)
+    _, bases, runs = made(configs)
+    split = [config | {"parallel": "sharded", "mesh": {"data": 4, "model": 2}} for config in configs]
+    one, sums = stepped(population.Population(configs, bases, runs, weights))
+    made_split = made(split)
+    engine = population.Population(*made_split, setup.read_weights(made_split[1][0], split[0]))
+    own, shares = stepped(engine)
+    kernel = engine.frozen["layers"]["q"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+    for ours, theirs in zip(jax.tree.leaves(own), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)
+    for ours, theirs in zip(jax.tree.leaves(shares), jax.tree.leaves(sums), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    bound = engine.method.bind(*engine.bound(1, engine.states()[1].trainable))[1]
+    assert bound.decoder.kv["self"].k.shape[1] == 4
+
+
 def test_what_a_method_keeps_beside_the_weights_is_each_runs_own(weights):
     """The layers with a prefix, and slots that stay the keys and values of the text's first tokens."""
     options = {"method.frozen_slots": 1, "method.init": "text", "method.text": "Text: a restaurant"}

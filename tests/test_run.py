@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -401,6 +402,28 @@ def test_compare_trains_every_variant_and_prints_a_line_each(folder, tmp_path, c
     for changes in ({"short": {}}, {"short": {"methods": {}}}):
         with pytest.raises(UserError, match=r"config\.compare\.short changes .*; valid: seed, model"):
             train_variants(config | {"compare": changes}, tmp_path)
+
+
+def test_a_workdir_that_is_older_than_an_option_goes_on(folder, finished, tmp_path, capsys):
+    """Its config lacks the option's key, whose default is what was done before; anything else is another config."""
+    config = f"--config={folder}/config.py"
+    shutil.copytree(finished[0], tmp_path / "old")
+    made = json.loads((tmp_path / "old" / "config.json").read_text())
+    for section, key in (("train", "accumulate"), ("train", "keep"), ("model", "dtype"), ("method", "dropout")):
+        del made[section][key]
+    made["method"]["dropout"] = 0.2
+    (tmp_path / "old" / "config.json").write_text(json.dumps(made))
+    assert run.main(["train", config, f"--workdir={tmp_path}/old"]) == 0
+    assert "is finished" in capsys.readouterr().err
+    del made["method"]["dropout"]
+    del made["decode"]["max_new_tokens"]
+    made["objective"]["label_smoothing"] = 0.0  # which this config lacks
+    (tmp_path / "old" / "config.json").write_text(json.dumps(made))
+    assert run.main(["train", config, f"--workdir={tmp_path}/old"]) == 1
+    told = capsys.readouterr().err
+    assert (
+        "was made with another config: decode.max_new_tokens: not there -> 6; method.dropout: 0.0 -> 0.2; use" in told
+    )
 
 
 def test_several_workdirs_are_exported_as_one(folder, finished, tmp_path, capsys):

@@ -11,6 +11,7 @@ import pytest
 import transformers
 from conftest import ENCODERS, FAMILIES, SEQ2SEQ, L, P, letters
 
+import prefix_tuning
 import run
 from prefix_tuning import heads, models, parallel, setup
 from prefix_tuning import train as loop
@@ -191,6 +192,39 @@ def test_text_is_that_of_one_device(made, family, beams):
     for weights in (params, ready(params, model)):
         for ours, wanted in zip(generate(weights, adaptation, *rows), one, strict=True):
             np.testing.assert_array_equal(ours, wanted)
+
+
+def test_a_notebook_reads_and_writes_on_shards(made, tmp_path):
+    """As on one device, an adapter's fingerprint included, which is that of the weights and not of where they lie."""
+    model, host = made("llama")
+    loading.save_pretrained(tmp_path, model, host)
+    prefix = METHODS["prefix"](None, length=P)
+    _, adaptation = prefix.bind(host, prefix.init(jax.random.key(1), model, host))
+    rows, found = [[5, 7, 9, 2], [4]], {}
+    for kind, mesh in (("replicated", None), ("sharded", {"model": MODEL})):
+        model, frozen, _ = prefix_tuning.load_model(tmp_path, parallel=kind, mesh=mesh)
+        prefix_tuning.save_adapter(tmp_path / kind, adaptation, model, frozen)
+        loaded = prefix_tuning.load_adapter(tmp_path / "replicated", model, frozen)
+        read = prefix_tuning.logits(model, frozen, loaded, rows)
+        found[kind] = read, prefix_tuning.generate(model, frozen, loaded, rows, max_new_tokens=4, end_tokens=())
+    assert {shard.data.shape for shard in frozen["layers"]["q"]["kernel"].addressable_shards} == {(L, 8, 1, 2, 6)}
+    with parallel.told_of(frozen):  # which `nn.spread` asks for
+        assert dict(jax.sharding.get_abstract_mesh().shape) == {"data": DATA, "model": MODEL}
+    for ours, wanted in zip(found["sharded"][0], found["replicated"][0], strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5)
+    assert found["sharded"][1] == found["replicated"][1]
+
+
+def test_a_notebook_is_told_what_does_not_fit(made, tmp_path, monkeypatch):
+    loading.save_pretrained(tmp_path, *made("llama"))
+    with pytest.raises(UserError, match=r"mesh\.model=3 cannot be on 8 devices"):
+        prefix_tuning.load_model(tmp_path, parallel="sharded", mesh={"model": 3})
+    monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(parallel, "memory_limit", lambda: 10_000)
+    with pytest.raises(
+        UserError, match=r"weights .* GiB are .* GiB on each device, .*; expected parallel=sharded, with"
+    ):
+        prefix_tuning.load_model(tmp_path)
 
 
 # --- In shards

@@ -238,14 +238,15 @@ def cluster(tmp_path, monkeypatch):
 
 def test_slurm_gets_what_is_neither_finished_nor_in_its_queue(tmp_path, cluster):
     root, names = tmp_path / "my, runs", ["a", "b", "c"]
-    options = launch.parse("partition=gpu,timeout_min=90,array_parallelism=2,mem_gb=3,gpus_per_node=1")
+    options = launch.parse("partition=gpu,timeout_min=90,array_parallelism=2,mem_gb=3,gpus_per_node=1,nodes=2")
     command = lambda name: ["train", name]  # noqa: E731
     first = launch.Slurm(command, root, options)
     assert first.submit(names) == "3 runs submitted as Slurm's job 7"
     script = (cluster / "submitted").read_text()
     (job,) = launch.read_jobs(root)
     assert re.fullmatch(r"my__runs-[0-9a-f]{8}", job)
-    for part in ("array=0-2%2", "partition=gpu", "time=90", "mem=3GB", "gpus-per-node=1", "requeue", f"job-name={job}"):
+    wanted = ("array=0-2%2", "partition=gpu", "time=90", "mem=3GB", "gpus-per-node=1", "requeue", f"job-name={job}")
+    for part in (*wanted, "nodes=2", "ntasks-per-node=1"):
         assert f"#SBATCH --{part}\n" in script
     assert f"export PYTHONPATH={launch.ROOT}" in script
     task = DelayedSubmission.load(root / "slurm" / "7_1_submitted.pkl").function
@@ -352,6 +353,27 @@ def test_a_task_that_slurm_ends_waits_for_it(tmp_path, handlers, monkeypatch):
     assert task.process.popen.poll() == 143
     assert not (tmp_path / "a" / "exit_code").exists()
     task.checkpoint()  # and where SIGUSR2 comes after all, there is nothing left to stop
+
+
+def test_of_several_nodes_the_first_speaks_for_the_job(tmp_path, handlers, monkeypatch):
+    """Where its process is stopped all are, and the others must not fail a job that is to be requeued."""
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    code = "print(__import__('os').environ['SLURM_PROCID']); raise SystemExit({})"
+    first = launch.Process(["sleep", "60"], tmp_path / "a")
+    assert first.start()
+    try:
+        launch.Task([sys.executable, "-c", code.format(143)], tmp_path / "a")()
+        with pytest.raises(RuntimeError, match=r"exit code 1; see .*host_1_log\.txt"):
+            launch.Task([sys.executable, "-c", code.format(1)], tmp_path / "a")()
+    finally:
+        first.popen.kill()
+        first.popen.wait()
+    assert (tmp_path / "a" / "host_1_log.txt").read_text() == "1\n1\n"
+    assert (tmp_path / "a" / "log.txt").read_text() == ""
+    assert not (tmp_path / "a" / "exit_code").exists()
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    with pytest.raises(RuntimeError, match="exit code 143"):
+        launch.Task([sys.executable, "-c", code.format(143)], tmp_path / "a")()
 
 
 def test_a_task_that_fails_makes_its_job_fail(tmp_path, handlers):

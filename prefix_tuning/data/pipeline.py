@@ -211,15 +211,18 @@ def without(example: Example, virtual: int) -> Example:
 
 
 class Part(NamedTuple):
-    """Which rows of every batch a process makes: one of so many equal parts, in order."""
+    """Which rows of every batch a process makes: one of so many equal parts, in order, of each of its blocks."""
 
     index: int = 0
     count: int = 1
+    blocks: int = 1
 
     def of(self, rows: Sequence) -> Sequence:
         """This part of them."""
-        size = len(rows) // self.count
-        return rows[self.index * size : (self.index + 1) * size]
+        size = len(rows) // self.blocks // self.count
+        starts = [(block * self.count + self.index) * size for block in range(self.blocks)]
+        parts = [rows[start : start + size] for start in starts]
+        return parts[0] if self.blocks == 1 else [row for part in parts for row in part]
 
 
 WHOLE = Part()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from prefix_tuning import hosts
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import loading
 from prefix_tuning.types import Model, Params
@@ -26,7 +27,7 @@ def fingerprint(model: Model, frozen: Params) -> str | None:
     if not all(leaf.dtype in (np.float32, jnp.bfloat16) for leaf in leaves.values()):
         return None
     found = hashlib.sha256()
-    for (path, leaf), sample in zip(leaves.items(), jax.device_get(samples([*leaves.values()])), strict=True):
+    for (path, leaf), sample in zip(leaves.items(), hosts.fetch(samples([*leaves.values()])), strict=True):
         found.update(f"{'/'.join(path)} {leaf.shape}".encode())
         found.update(np.asarray(sample).astype(jnp.bfloat16).tobytes())
     return found.hexdigest()[:32]

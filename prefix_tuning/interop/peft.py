@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from prefix_tuning import hosts
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import read_json, replace
 from prefix_tuning.interop import base, lora
@@ -64,8 +65,8 @@ def save_adapter(
     """Writes an adaptation as PEFT stores it, in float32, with a model card.
 
     `name` is the frozen model's; with its weights the file also carries their fingerprint.  `kind` may say
-    "P_TUNING" of a prompt or "CARTRIDGE" of a prefix with `frozen_slots`.  Raises `UserError` for what PEFT cannot
-    express, saying which format can.
+    "P_TUNING" of a prompt or "CARTRIDGE" of a prefix with `frozen_slots`.  Of several hosts all must call it, and the
+    first one writes.  Raises `UserError` for what PEFT cannot express, saying which format can.
     """
     folder, shape = Path(folder), adaptation_kind(adaptation)
     kind = shape if kind is None else kind
@@ -95,14 +96,18 @@ def save_adapter(
         first = lora.PREFIX if kind == "LORA" else "base_model."
         tensors |= {f"{first}{head[0].module}.{part}": x for part, x in head_tensors(*head).items()}
     metadata = {"format": "pt"} | ({} if frozen is None else base.identity(model, frozen))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        contiguous = {key: np.ascontiguousarray(x, np.float32) for key, x in tensors.items()}
-        loading.write(folder / WEIGHTS, contiguous, metadata)
-        replace(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        replace(folder / CARD, card(config, sum(x.size for x in contiguous.values())))
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot write the adapter to {folder}: {error}") from error
+
+    def write() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            contiguous = {key: np.ascontiguousarray(x, np.float32) for key, x in tensors.items()}
+            loading.write(folder / WEIGHTS, contiguous, metadata)
+            replace(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+            replace(folder / CARD, card(config, sum(x.size for x in contiguous.values())))
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"cannot write the adapter to {folder}: {error}") from error
+
+    hosts.agreed(write)
 
 
 def adaptation_kind(adaptation: Adaptation) -> str:
