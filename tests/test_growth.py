@@ -10,6 +10,7 @@ import pytest
 from experiments import growth
 from prefix_tuning import models, parallel, setup
 from prefix_tuning.models import loading
+from prefix_tuning.objectives import vocabulary
 from prefix_tuning.train_step import make_train_step
 from prefix_tuning.types import TrainState
 
@@ -108,3 +109,12 @@ def test_every_size_is_measured_in_a_process_of_its_own(monkeypatch, capsys):
     assert "| population | 5 | 0.5 | 10,240 | 2,000 |" in lines
     with pytest.raises(SystemExit, match="error: unknown --mesure; valid: --measure"):
         growth.main(["--mesure"])
+
+
+def test_operations_do_not_depend_on_how_many_targets_have_logits_at_a_time(monkeypatch):
+    monkeypatch.setattr(growth, "SMALL", TINY)
+    point = growth.Point(batch=4, length=16, layers=1)
+    whole = growth.operations(point)
+    monkeypatch.setattr(vocabulary, "CPU_ROWS", 8)
+    assert growth.operations(point) == whole
+    assert growth.counted(point, forward=False) < whole
