@@ -151,8 +151,9 @@ SEQ2SEQ = {
 
 # The files that take longest, in their order: a worker gets whole files, and one that begins last is waited for.
 LONGEST = (
-    "methods seq2seq hooks models population sharded hosts decode sweep run tables publish peft peft_kinds quickstart "
-    "tasks train_step inspection selection encoders method_options data_tasks gguf accounting interop_fuzz"
+    "methods seq2seq hooks models population sharded hosts sharded_hosts population_hosts decode sweep run tables "
+    "publish peft peft_kinds quickstart tasks train_step inspection selection encoders method_options data_tasks "
+    "gguf accounting interop_fuzz"
 ).split()
 
 
