@@ -18,7 +18,6 @@ once in `--workdir`) and quickstart, which needs no download and is too small to
 not counted, but for `start`.  Every first loss and every text of ours is compared with PEFT's.  Ratios are of medians.
 A GPU is used where both find one; there take --dtype=bfloat16.  Needs tests/requirements.txt; prints Markdown.
 
-The defaults should take about 25 minutes on two x86-64 cores that do nothing else, gpt2-large as long again;
 `largest` starts two processes for every doubling.
 """
 

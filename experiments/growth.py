@@ -12,8 +12,7 @@ free.  Operations are XLA's count of the step with its layers unrolled.
     python -m experiments.growth --measure [--dtype=bfloat16]
 
 runs steps of that shape with 6 layers on one device instead, each size in a process of its own, and prints the median
-time of a step, real tokens a second, and the most memory that the process has held; about 6 minutes on two x86-64
-cores.  A GPU is used where JAX finds one.
+time of a step, real tokens a second, and the most memory that the process has held.  A GPU is used where JAX finds one.
 """
 
 import json
@@ -95,7 +94,7 @@ GROWN = {
     "population": (1, 2, 5, 10),
 }
 
-MEASURED = {  # of a shape with fewer layers, so that two cores need seconds
+MEASURED = {  # of a shape with fewer layers, so that two cores can
     "prefix": (1, 10, 128, 512, 2048),
     "batch": (1, 8, 32),
     "length": (64, 128, 512, 1024),

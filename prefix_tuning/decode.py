@@ -101,13 +101,16 @@ def compiler_options() -> dict[str, str]:
 
 
 def ready(params: Params, model: Model) -> Params:
-    """The weights as `generate` reads them fastest, `nn.apart`, if memory has room for that copy; else as they are."""
+    """The weights as `generate` reads them fastest, `nn.apart`, if memory has room for that copy; else as they are.
+
+    As much again has to stay free, for what decoding itself holds.
+    """
     leaves = jax.tree.leaves(params[model.layers("decoder")])
     if not all(isinstance(x, Array) and x.is_fully_addressable for x in leaves):
         return params  # several processes would each decide by their own memory
     held = max(sum(x.addressable_data(n).nbytes for x in leaves) for n in range(len(leaves[0].addressable_shards)))
     free = free_memory()
-    return params if free is not None and held > free else nn.apart(params, model)
+    return params if free is not None and 2 * held > free else nn.apart(params, model)
 
 
 def free_memory() -> int | None:

@@ -26,7 +26,6 @@ Written = tuple[tuple[Array, ...], tuple[Array, ...]]  # keys and values, as `un
 FEATURES = {"elu": jax.nn.elu, "gelu": ACTIVATIONS["gelu"]}  # of queries, for `Memory`
 
 
-@jax.checkpoint  # computed again for its derivative: it keeps its input, and no array between
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     """Normalises the last axis of x [... D] in float32 and returns it in x's dtype."""
     y = x.astype(jnp.float32)
@@ -35,6 +34,8 @@ def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     return (y * scale + bias).astype(x.dtype)
 
 
+# Computed again for its derivative: it keeps its input, and no array between.  For `layer_norm` that would round slopes
+# through saturated attention otherwise with another number of rows (tests/test_adaptation.py).
 @jax.checkpoint
 def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     """Divides the last axis of x [... D] by its root mean square, in float32, and returns it in x's dtype."""
@@ -285,7 +286,7 @@ def write(cached: KV, k: Array, v: Array, layer: Array | None, slot: Array) -> t
 def next_words(unembed: Callable[[Params, Array], Array], params: Params, hidden: Array) -> Array:
     """The logits [R V] of hidden states [R D] at a decoding step.
 
-    Of at least 8 rows, the last repeated: for 2 to 7 XLA has a product on CPUs that takes eight times as long.
+    Of at least 8 rows, the last repeated: XLA's product for 2 to 7 rows is far slower on CPUs.
     """
     rows = len(hidden)
     if not 1 < rows < 8:

@@ -162,9 +162,8 @@ def test_rows_of_padding_make_no_nan(twin, family):
         for name in ("k", "v"):
             one, other = getattr(slopes, name), getattr(slopes_alone, name)
             assert np.isfinite(one).all()
-            # At the second scale slopes are what is left of far larger numbers that cancel, the keys' most; and
-            # norms, which are computed again for their derivative, round otherwise with another number of rows.
-            noise = 1e-6 if scale == 1 else {"k": 1e-2, "v": 1e-3}[name]
+            # At the second scale slopes are what is left of far larger numbers that cancel, the keys' more than any.
+            noise = 1e-6 if scale == 1 else {"k": 1e-2, "v": 1e-4}[name]
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=noise * largest)
             assert scale > 1 or np.abs(other).max() > 0
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import transformers
-from conftest import ENCODERS, FAMILIES, SEQ2SEQ, L, P, letters
+from conftest import ENCODERS, FAMILIES, SEQ2SEQ, L, P, interrupt, letters
 
 import prefix_tuning
 import run
@@ -24,7 +24,6 @@ from prefix_tuning.interop.base import fingerprint
 from prefix_tuning.methods import METHODS
 from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
-from prefix_tuning.progress import Interrupted
 from prefix_tuning.train_step import make_eval_step, make_train_step
 from prefix_tuning.types import Batch, Spec, TrainState
 
@@ -428,16 +427,8 @@ def test_the_commands_on_shards_do_what_they_do_replicated(tmp_path, monkeypatch
     flags = [f"--config.{key}={value}" for key, value in SHORT.items()]
     train = ["train", "--config=configs/quickstart.py:quick", *flags]
     assert run.main([*train, f"--workdir={tmp_path}/one"]) == 0
-    stop, calls = loop.Stop.check, []
-
-    def check(self):
-        calls.append(self)
-        if len(calls) == 4:  # before the third step; the untuned model was decoded in one batch
-            raise Interrupted(143)
-        stop(self)
-
     sharded = [*train, f"--workdir={tmp_path}/eight", "--config.parallel=sharded"]
-    monkeypatch.setattr(loop.Stop, "check", check)
+    interrupt(monkeypatch, 4)  # before the third step; the untuned model was decoded in one batch
     assert run.main([*sharded, "--config.mesh.model=2"]) == 143
     monkeypatch.undo()
     assert (tmp_path / "eight" / "checkpoints").is_dir()

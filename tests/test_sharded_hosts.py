@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import interrupt
 from test_hosts import finish
 from test_run import folder, untimed  # noqa: F401 (a fixture among them)
 
@@ -42,16 +43,8 @@ def runs(folder, tmp_path_factory):  # noqa: F811
     text = (folder / "config.py").read_text()
     (root / "config.py").write_text(text.replace("seed=3,", layout))
     one, split, tune = f"{folder}/config.py", f"{root}/config.py", ":method=finetune"
-    usual, calls = loop.Stop.check, []
-
-    def check(self):
-        calls.append(self)
-        if len(calls) == 5:  # before the third step; the untuned model was decoded in two batches
-            raise Interrupted(143)
-        usual(self)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Stop, "check", check)
+        interrupt(patch, 5)  # before the third step; the untuned model was decoded in two batches
         with pytest.raises(Interrupted):
             loop.train(told(split, SHORT | PREFIX | {"mesh.model": 2}), root / "prefix")
     sources = [row["source"] for row in read_lines(folder / "data" / "test.jsonl")]

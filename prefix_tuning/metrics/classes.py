@@ -1,6 +1,6 @@
 """Scores of answers that name one of a few classes, 0 to 1 (the correlation -1 to 1).
 
-scikit-learn is imported where it is used: it takes longer than everything else that a command starts with.
+scikit-learn is imported where it is used: every command would wait for it.
 """
 
 

@@ -16,8 +16,8 @@ from prefix_tuning import nn
 from prefix_tuning.types import STACKS, Batch, Model, Params
 
 Unembed = Callable[[Params, Array], Array]
-# Rows with logits at a time on each device.  More do not make a CPU faster: to read all weights takes as long as 20
-# rows, and the last rows are half empty on average.
+# Rows with logits at a time on each device.  Fewer read all weights more often; with more, on a CPU, more of the last
+# chunk is empty.
 CPU_ROWS = 96
 ROWS = 2048
 
