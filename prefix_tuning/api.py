@@ -47,8 +47,8 @@ def load_model(
     model = loading.read_model(folder)
     layout = layouts.make(model.specs, parallel, mesh)
     layouts.check_memory(layout, model.specs, {"weights": loading.abstract(model, dtype)}, layouts.memory_limit())
-    weights = loading.load_weights(folder, model, dtype, layout.where)
-    return model, jax.device_put(weights) if layout.where is None else weights, loading.load_tokenizer(folder)
+    where = layout.where if isinstance(layout, layouts.Sharded) else lambda _: None
+    return model, loading.load_weights(folder, model, dtype, where), loading.load_tokenizer(folder)
 
 
 def load_adapter(folder: str, model: Model, frozen: Params) -> Adaptation:

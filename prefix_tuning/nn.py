@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from prefix_tuning.errors import UserError, valid
@@ -300,9 +301,10 @@ def slots_last(kv: KV) -> KV:
 
 
 def apart(params: Params, model: Model) -> Params:
-    """The weights with every layer of the stack that writes a part of its own, copied; what is one stays where it is.
+    """The weights with every layer of the stack that writes a part of its own; what is one stays where it is.
 
-    A loop over steps then reads each layer where it is.  Out of a stack it would copy all of them at every step.
+    A loop over steps then reads each layer where it is.  Out of a stack it would copy all of them at every step.  The
+    layers are copies, but on CPU devices, where they are `views` of the stack.
     """
     name = model.layers("decoder")
     return params | {name: tuple(layer for part in parts(params[name]) for layer in single_layers(part))}
@@ -310,14 +312,41 @@ def apart(params: Params, model: Model) -> Params:
 
 def single_layers(part: Params) -> list[Params]:
     """The layers of a part [L ...], each [1 ...]."""
-    depth = len(jax.tree.leaves(part)[0])
-    return [part] if depth == 1 else [layer_at(part, number) for number in range(depth)]
+    leaves, tree = jax.tree.flatten(part)
+    depth = len(leaves[0])
+    if depth == 1:
+        return [part]
+    if all(map(on_cpu, leaves)):
+        return [jax.tree.unflatten(tree, layer) for layer in zip(*map(views, leaves), strict=True)]
+    return [layer_at(part, number) for number in range(depth)]
 
 
 @jax.jit
 def layer_at(part: Params, number: int) -> Params:
     """One layer [1 ...] of a part [L ...]; compiled once for all numbers."""
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1), part)
+
+
+def on_cpu(x: Any) -> bool:
+    """Whether an array lies on CPU devices."""
+    return isinstance(x, Array) and all(device.platform == "cpu" for device in x.devices())
+
+
+def views(x: Array) -> list[Array]:
+    """The layers [1 ...] of an array [L ...] on CPU devices, which share its memory.
+
+    One whose bytes are no multiple of 64 is copied, since XLA's arrays begin at those; as a rule only vectors are.
+    """
+    if not x.committed:
+        host = np.asarray(x)
+        return [jax.device_put(host[number : number + 1]) for number in range(len(host))]
+    shards = [(np.asarray(shard.data), shard.device) for shard in x.addressable_shards]
+
+    def layer(number: int) -> Array:
+        own = [jax.device_put(host[number : number + 1], device) for host, device in shards]
+        return jax.make_array_from_single_device_arrays((1, *x.shape[1:]), x.sharding, own)
+
+    return [layer(number) for number in range(len(x))]
 
 
 class Attention(NamedTuple):

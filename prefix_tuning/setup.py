@@ -182,12 +182,12 @@ def make_text(section: dict[str, Any], method: Method, model: Model) -> dict[str
 
 
 def load_weights(base: Base, config: dict[str, Any]) -> Params:
-    """The frozen weights, and what the method keeps beside them, where `read_weights` says."""
+    """The frozen weights, and what the method keeps beside them, which the layout has yet to place."""
     return prepare(base, config, read_weights(base, config))
 
 
 def read_weights(base: Base, config: dict[str, Any]) -> Params:
-    """The frozen weights alone: on the host, or straight into the shards of a layout that splits them."""
+    """The frozen weights alone, where the layout has them."""
     return loading.load_weights(base.folder, base.model, config["model"].get("dtype", "float32"), base.layout.where)
 
 

@@ -6,11 +6,12 @@ A file of llama.cpp may stand where a folder does.
 import functools
 import json
 import math
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import huggingface_hub
 import jax
@@ -29,6 +30,12 @@ from prefix_tuning.models import gguf
 from prefix_tuning.types import Model, Params, Spec
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+# What safetensors calls them, and what else a file may hold.
+STORED = {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16, "F64": np.float64, "BOOL": np.bool_}
+STORED |= {
+    f"{kind[0].upper()}{bits}": np.dtype(f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+}
+ALIGNED = 64  # bytes: an array that begins at a multiple of them is a CPU device's own without being copied
 Index = tuple[slice, ...]  # one slice per axis
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # what a folder of the hub is fetched for
 
@@ -125,12 +132,34 @@ def load_gguf_tokenizer(file: Path) -> transformers.PreTrainedTokenizerBase | No
     return beside
 
 
-def load_weights(folder: Path, model: Model, dtype: str, where: Callable[[Spec], Sharding] | None = None) -> Params:
-    """The tree of `model.specs` [L ...] from the folder's *.safetensors, cast to dtype, on the host or, as `where` says
-    of each weight, in shards that are read one by one, so that no whole weight is ever in one place.
+class Tensor(NamedTuple):
+    """A tensor of a safetensors file that is mapped into memory; nothing is read of it but what is indexed."""
 
-    Optional weights that the files lack are left out.  Raises `UserError` listing every missing, unexpected and
-    misshapen tensor, before any is read.
+    file: mmap.mmap
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # its first byte in the file
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+        return list(self.shape)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """What an index selects, as a view of the file; what was read before leaves memory until it is read again."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # else pages of the file would count beside the arrays made of them
+            self.file.madvise(mmap.MADV_DONTNEED)
+        flat = np.frombuffer(self.file, self.dtype, math.prod(self.shape), self.start)
+        return flat.reshape(self.shape)[index]
+
+
+def load_weights(
+    folder: Path, model: Model, dtype: str, where: Callable[[Spec], Sharding | None] | None = None
+) -> Params:
+    """The tree of `model.specs` [L ...] from the folder's *.safetensors, cast to dtype, on the host or where `where`
+    says of each weight (None: the first device), one after the other, so that no second copy of all is ever held.
+
+    Shards are read one by one: a weight in several is never whole in one place.  Optional weights that the files lack
+    are left out.  Raises `UserError` listing every missing, unexpected and misshapen tensor, before any is read.
     """
     numpy_dtype = np.dtype(DTYPES[valid("dtype", dtype, DTYPES)])
     found = stored(folder, model)
@@ -176,8 +205,13 @@ def stored(folder: Path, model: Model) -> dict[str, Any]:
     return found
 
 
-def placed(shape: tuple[int, ...], sharding: Sharding, read: Callable[[Index], np.ndarray]) -> Array:
-    """An array whose shards are read one after the other, each once, and copied to all devices that hold it."""
+def placed(shape: tuple[int, ...], sharding: Sharding | None, read: Callable[[Index], np.ndarray]) -> Array:
+    """An array whose shards are read one after the other, each once, and copied to all devices that hold it.
+
+    CPU devices hold what was read itself, all the same one, as long as nobody writes into it.
+    """
+    if sharding is None:
+        return jax.device_put(read((slice(None),) * len(shape)))
     holders: dict[tuple, tuple[Index, list[jax.Device]]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         key = tuple((part.start, part.stop) for part in index)
@@ -192,13 +226,21 @@ def placed(shape: tuple[int, ...], sharding: Sharding, read: Callable[[Index], n
 def read_shard(spec: Spec, tensors: Sequence[Any], dtype: np.dtype, index: Index) -> np.ndarray:
     """What an index into a weight [L ...] selects of it, from its tensors in the file, of which no more is read."""
     sizes = [len(range(*part.indices(size))) for part, size in zip(index, spec.shape, strict=True)]
-    shard = np.empty(sizes, dtype)
+    shard = aligned(sizes, dtype)
     if "{layer}" not in spec.source:
         shard[...] = read_part(spec, tensors[0], index).reshape(sizes)
         return shard
     for row, tensor in zip(shard, tensors[index[0]], strict=True):
         row[...] = read_part(spec, tensor, index[1:]).reshape(sizes[1:])
     return shard
+
+
+def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array that begins at a multiple of `ALIGNED` bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + ALIGNED, np.uint8)
+    first = -room.ctypes.data % ALIGNED
+    return room[first : first + size].view(dtype).reshape(shape)
 
 
 def read_part(spec: Spec, tensor: Any, index: Index) -> np.ndarray:
@@ -290,14 +332,26 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
         yield from read(file)
 
 
-def read(file: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-    """(name, slice) of every tensor in a safetensors file; a slice is read only when indexed."""
+def read(file: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor in a safetensors file; one is read only when indexed."""
     try:
-        with safetensors.safe_open(file, framework="numpy") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (safe_open is not iterable)
-                yield key, tensors.get_slice(key)
+        with safetensors.safe_open(file, framework="numpy"):
+            pass  # it has checked that every tensor is where the header says
+        with open(file, "rb") as opened:
+            header, start = read_header(opened)
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from error
+    for key, stored in header.items():
+        if key != "__metadata__":
+            dtype = np.dtype(STORED[valid(f"type of tensor {key} in {file}:", stored["dtype"], STORED)])
+            yield key, Tensor(mapped, dtype, tuple(stored["shape"]), start + stored["data_offsets"][0])
+
+
+def read_header(opened: IO[bytes]) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, which lies open at its first byte, and where the tensors begin."""
+    size = int.from_bytes(opened.read(8), "little")
+    return json.loads(opened.read(size)), 8 + size
 
 
 def write(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
@@ -306,11 +360,10 @@ def write(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) 
     safetensors.numpy.save_file(tensors, scratch, metadata=metadata)
     # Its metadata come in any order; sorted, the same run writes the same bytes.
     with scratch.open("r+b") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
+        header, start = read_header(opened)
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         opened.seek(8)
-        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(start - 8))
     own = os.umask(0)
     os.umask(own)
     scratch.chmod(0o666 & ~own)  # safetensors lets the owner alone read it
