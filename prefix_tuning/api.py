@@ -270,6 +270,11 @@ def export_workdir(
     valid("way to combine", how, ("average", "concatenate"))
     if len(workdirs) < 2 and (how != "concatenate" or weights is not None):
         raise UserError("--combine and --weights are for several workdirs; expected --workdir=DIR,DIR or neither")
+    for workdir in workdirs if format == "merged" else ():
+        if read_json(Path(workdir) / "config.json", WORKDIR)["model"].get("weights") == "int8":
+            raise UserError(
+                f"{workdir} has model.weights='int8', which no merged model can be made of; valid: kv, peft"
+            )
     opened = [open_workdir(workdir) for workdir in workdirs]
     config, base = opened[0][:2]
     for workdir, one in zip(workdirs, opened, strict=True):

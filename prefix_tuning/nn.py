@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.types import KV, Adaptation, LayerHooks, Layers, Model, Params, Sites, parts
+from prefix_tuning.types import KV, Adaptation, LayerHooks, Layers, Model, Params, Quantised, Sites, parts
 
 ACTIVATIONS = {
     # Computed again for its derivative: cheaper than keeping what autodiff wants, three arrays as wide as the MLP.
@@ -52,10 +52,38 @@ def gate(activation: Callable[[Array], Array], gates: Array, x: Array) -> Array:
 
 def project(x: Array, weights: Params, hooks: LayerHooks, site: str, axes: int = 1) -> Array:
     """Contracts the last `axes` axes of x [B T in...] with the first of the kernel's, [in... out...], as hooked."""
-    y = jnp.tensordot(x, weights["kernel"], axes)
+    kernel = weights["kernel"]
+    if isinstance(kernel, Quantised):
+        y = (jnp.tensordot(x, floats(kernel.values, x), axes) * kernel.scale).astype(x.dtype)
+    else:
+        y = jnp.tensordot(x, kernel, axes)
     if "bias" in weights:
         y = y + weights["bias"]
     return change(y, x, hooks, site, axes)
+
+
+def floats(values: Array, x: Array) -> Array:
+    """8-bit values of a weight in x's dtype, which XLA cannot make before it has x [...].
+
+    Out of a loop over steps it would take the conversion, and hold every layer as floats; barriers are gone by then.
+    """
+    first = x.ravel()[0]
+    never = (first != first) & (first < jnp.inf)  # not a number, and yet below one; XLA does not know
+    return (values + never.astype(values.dtype)).astype(x.dtype)
+
+
+def lookup(table: Array | Quantised, tokens: Array) -> Array:
+    """The rows [... D] of a table [V D] of embeddings."""
+    if isinstance(table, Quantised):
+        return (table.values[tokens] * table.scale[tokens][..., None]).astype(table.dtype)
+    return table[tokens]
+
+
+def vocabulary_scores(hidden: Array, table: Array | Quantised) -> Array:
+    """The float32 products [... V] of hidden states [... D] with each row of a table [V D]."""
+    if isinstance(table, Quantised):
+        return vocabulary_scores(hidden, floats(table.values, hidden)) * table.scale
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
 def change(y: Array, x: Array, hooks: LayerHooks, site: str, axes: int = 1) -> Array:

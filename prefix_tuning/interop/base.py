@@ -11,20 +11,20 @@ from jax import Array
 from prefix_tuning import hosts
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import loading
-from prefix_tuning.types import Model, Params
+from prefix_tuning.types import Model, Params, Quantised
 
 SAMPLE = 256  # numbers of each weight that a fingerprint looks at
 KEY = "base_model"  # what an entry of a file's metadata about the base begins with
 
 
 def fingerprint(model: Model, frozen: Params) -> str | None:
-    """A number, in hexadecimal, of the frozen weights: the same in float32 and bfloat16, None in other precisions.
+    """A number, in hexadecimal, of the frozen weights: the same in float32 and bfloat16, None in float16 and int8.
 
-    It hashes the name and shape of every weight and numbers at even distances in it, rounded to bfloat16; float16 would
-    round them otherwise.  What methods and heads keep beside the weights does not count.
+    It hashes the name and shape of every weight and numbers at even distances in it, rounded to bfloat16; others
+    would round them otherwise.  What methods and heads keep beside the weights does not count.
     """
     leaves = dict(sorted(loading.flatten({name: frozen[name] for name in model.specs if name in frozen}).items()))
-    if not all(leaf.dtype in (np.float32, jnp.bfloat16) for leaf in leaves.values()):
+    if any(isinstance(leaf, Quantised) or leaf.dtype not in (np.float32, jnp.bfloat16) for leaf in leaves.values()):
         return None
     found = hashlib.sha256()
     whole = [readable(leaf) for leaf in leaves.values()]

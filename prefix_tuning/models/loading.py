@@ -27,7 +27,7 @@ from prefix_tuning import models
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import read_json
 from prefix_tuning.models import gguf
-from prefix_tuning.types import Model, Params, Spec
+from prefix_tuning.types import Model, Params, Quantised, Spec
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 # What safetensors calls them, and what else a file may hold.
@@ -35,6 +35,9 @@ STORED = {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16, "F64": np.
 STORED |= {
     f"{kind[0].upper()}{bits}": np.dtype(f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)
 }
+WEIGHTS = ("full", "int8")  # how matrices are held: in the weights' dtype, or `Quantised`
+TABLES = ("embedding", "unembedding")
+ROWS = 4096  # of a table that are read at once to be quantised
 ALIGNED = 64  # bytes: an array that begins at a multiple of them is a CPU device's own without being copied
 Index = tuple[slice, ...]  # one slice per axis
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # what a folder of the hub is fetched for
@@ -136,7 +139,7 @@ class Tensor(NamedTuple):
     """A tensor of a safetensors file that is mapped into memory; nothing is read of it but what is indexed."""
 
     file: mmap.mmap
-    dtype: np.dtype
+    kind: str  # of its numbers, as safetensors has it
     shape: tuple[int, ...]
     start: int  # its first byte in the file
 
@@ -144,34 +147,84 @@ class Tensor(NamedTuple):
         """Its shape."""
         return list(self.shape)
 
+    def get_dtype(self) -> str:
+        """The kind of its numbers, such as "F32"."""
+        return self.kind
+
     def __getitem__(self, index: Any) -> np.ndarray:
         """What an index selects, as a view of the file; what was read before leaves memory until it is read again."""
         if hasattr(mmap, "MADV_DONTNEED"):  # else pages of the file would count beside the arrays made of them
             self.file.madvise(mmap.MADV_DONTNEED)
-        flat = np.frombuffer(self.file, self.dtype, math.prod(self.shape), self.start)
+        dtype = np.dtype(STORED[valid("type of a tensor", self.kind, STORED)])
+        flat = np.frombuffer(self.file, dtype, math.prod(self.shape), self.start)
         return flat.reshape(self.shape)[index]
 
 
 def load_weights(
-    folder: Path, model: Model, dtype: str, where: Callable[[Spec], Sharding | None] | None = None
+    folder: Path,
+    model: Model,
+    dtype: str,
+    where: Callable[[Spec], Sharding | None] | None = None,
+    *,
+    weights: str = "full",
 ) -> Params:
     """The tree of `model.specs` [L ...] from the folder's *.safetensors, cast to dtype, on the host or where `where`
     says of each weight (None: the first device), one after the other, so that no second copy of all is ever held.
 
-    Shards are read one by one: a weight in several is never whole in one place.  Optional weights that the files lack
-    are left out.  Raises `UserError` listing every missing, unexpected and misshapen tensor, before any is read.
+    Shards are read one by one: a weight in several is never whole in one place.  With weights="int8" matrices are
+    `Quantised` as they are read, a layer at a time, and must lie whole on their devices.  Optional weights that the
+    files lack are left out.  Raises `UserError` listing every missing, unexpected and misshapen tensor, before any is
+    read.
     """
     numpy_dtype = np.dtype(DTYPES[valid("dtype", dtype, DTYPES)])
     found = stored(folder, model)
-    tree = {}
+    tree: dict[tuple[str, ...], Any] = {}
+
+    def put(spec: Spec, shape: tuple[int, ...], read: Callable[[Index], np.ndarray]) -> Any:
+        return read((slice(None),) * len(shape)) if where is None else placed(shape, where(spec), read)
+
     for path, spec in paths(model.specs):
         tensors = [found[name] for name, _ in names(spec) if name in found]
         if not tensors:
             continue
-        shard = functools.partial(read_shard, spec, tensors, numpy_dtype)
-        whole = (slice(None),) * len(spec.shape)
-        tree[path] = shard(whole) if where is None else placed(spec.shape, where(spec), shard)
+        shared = contracted(path, spec) if valid("weights", weights, WEIGHTS) == "int8" else None
+        if shared is None:
+            tree[path] = put(spec, spec.shape, functools.partial(read_shard, spec, tensors, numpy_dtype))
+        else:
+            values, scale = (put(spec, x.shape, x.__getitem__) for x in read_quantised(spec, tensors, shared))
+            tree[path] = Quantised(values, scale, dtype)
     return unflatten(tree)
+
+
+def contracted(path: tuple[str, ...], spec: Spec) -> tuple[int, ...] | None:
+    """The axes of a matrix that a product sums over, which share a scale in 8 bits; None for what is not quantised."""
+    if path[-1] in TABLES:
+        return (1,)
+    if not spec.inner:
+        return None
+    first = int("{layer}" in spec.source)
+    return tuple(range(first, first + spec.inner))
+
+
+def quantise(x: np.ndarray, shared: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """x as int8, and the float32 scales of its channels, one for all numbers along the axes `shared`."""
+    scale = np.abs(x).max(shared, keepdims=True) / np.float32(127)
+    scale[scale == 0] = 1
+    return np.rint(x / scale).astype(np.int8), scale.squeeze(shared)
+
+
+def read_quantised(spec: Spec, tensors: Sequence[Any], shared: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """`quantise` of a weight [L ...], which is read a layer, or some rows of a table, at a time."""
+    values = aligned(spec.shape, np.dtype(np.int8))
+    outer = [size for axis, size in enumerate(spec.shape) if axis not in shared]
+    scale = aligned(outer, np.dtype(np.float32))
+    rest = (slice(None),) * (len(spec.shape) - 1)
+    step = 1 if "{layer}" in spec.source else len(values) if 0 in shared else ROWS
+    for start in range(0, len(values), step):
+        rows = slice(start, min(start + step, len(values)))
+        read = read_shard(spec, tensors, np.dtype(np.float32), (rows, *rest))
+        values[rows], scale[... if 0 in shared else rows] = quantise(read, shared)
+    return values, scale
 
 
 def stored(folder: Path, model: Model) -> dict[str, Any]:
@@ -313,12 +366,19 @@ def initialise(key: Array, model: Model, dtype: str = "float32") -> Params:
     return unflatten(tree)
 
 
-def abstract(model: Model, dtype: str = "float32") -> Params:
+def abstract(model: Model, dtype: str = "float32", weights: str = "full") -> Params:
     """The shapes of the weights, for planning and counting without allocating them."""
     numpy_dtype = DTYPES[valid("dtype", dtype, DTYPES)]
-    return jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, numpy_dtype), model.specs, is_leaf=lambda x: isinstance(x, Spec)
-    )
+    tree: dict[tuple[str, ...], Any] = {}
+    for path, spec in paths(model.specs):
+        shared = contracted(path, spec) if weights == "int8" else None
+        if shared is None:
+            tree[path] = jax.ShapeDtypeStruct(spec.shape, numpy_dtype)
+            continue
+        outer = tuple(size for axis, size in enumerate(spec.shape) if axis not in shared)
+        held = jax.ShapeDtypeStruct(spec.shape, jnp.int8), jax.ShapeDtypeStruct(outer, jnp.float32)
+        tree[path] = Quantised(*held, dtype)
+    return unflatten(tree)
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -344,8 +404,7 @@ def read(file: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from error
     for key, stored in header.items():
         if key != "__metadata__":
-            dtype = np.dtype(STORED[valid(f"type of tensor {key} in {file}:", stored["dtype"], STORED)])
-            yield key, Tensor(mapped, dtype, tuple(stored["shape"]), start + stored["data_offsets"][0])
+            yield key, Tensor(mapped, stored["dtype"], tuple(stored["shape"]), start + stored["data_offsets"][0])
 
 
 def read_header(opened: IO[bytes]) -> tuple[dict[str, Any], int]:
@@ -426,7 +485,7 @@ def paths(specs: Params) -> list[tuple[tuple[str, ...], Spec]]:
 
 def flatten(tree: Params) -> dict[tuple[str, ...], Any]:
     """Nested dicts as one dict keyed by the path of each leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Spec))
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Spec | Quantised))
     return {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
 
 
