@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from prefix_tuning import data, decode, optimizer, parallel, setup, stream
 from prefix_tuning.data import pipeline
 from prefix_tuning.evaluate import MULTIPLE
 from prefix_tuning.interop import peft
+from prefix_tuning.models import loading
 from prefix_tuning.train_step import make_train_step
 from prefix_tuning.types import Adaptation, Params, TrainState
 
@@ -128,6 +130,7 @@ class Side:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault(loading.WITHOUT_TORCH, "1")  # as in run.py
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not be taken for an answer
     side = Side(json.loads(Path(sys.argv[1]).read_text()))
     in_turn.serve({name: getattr(side, name) for name in ("load", "train", "generate", "texts", "memory")}, answers)
