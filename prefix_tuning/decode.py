@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -97,26 +95,24 @@ def compiler_options() -> dict[str, str]:
 
 
 def ready(params: Params, model: Model) -> Params:
-    """The weights as `generate` reads them fastest, `nn.apart`, if memory has room for that copy; else as they are.
+    """The weights as `generate` reads them fastest, `nn.apart`, if memory has room for copies; else as they are.
 
-    As much again has to stay free, for what decoding itself holds.
+    As much again has to stay free, for what decoding itself holds.  On CPUs nothing is copied.
     """
     leaves = jax.tree.leaves(params[model.layers("decoder")])
     if not all(isinstance(x, Array) and x.is_fully_addressable for x in leaves):
         return params  # several processes would each decide by their own memory
+    if all(map(nn.on_cpu, leaves)):
+        return nn.apart(params, model)
     held = max(sum(x.addressable_data(n).nbytes for x in leaves) for n in range(len(leaves[0].addressable_shards)))
     free = free_memory()
     return params if free is not None and 2 * held > free else nn.apart(params, model)
 
 
 def free_memory() -> int | None:
-    """The bytes that every local device still has, of a CPU those of its host; None where nobody says so."""
+    """The bytes that every local device still has; None where one does not say so."""
     stats = [device.memory_stats() for device in jax.local_devices()]
-    if all(stats):
-        return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
-    information = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s*(\d+) kB", information.read_text()) if information.exists() else None
-    return int(found[1]) * 1024 if found else None
+    return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats) if all(stats) else None
 
 
 def check(model: Model, config: DecodeConfig) -> None:

@@ -113,11 +113,15 @@ class Replicated:
     axis = AXIS
     apart = True  # each process has the model, and computes by itself what needs no sum over all rows
     refills = True  # so does each device, and need not wait for others when a row is done
-    where = None  # weights are read on the host, and placed from there
     place = staticmethod(place)
     split_rows = staticmethod(split_rows)
     split_batch = staticmethod(split_batch)
     eval_step = staticmethod(eval_step)
+
+    def where(self, spec: Spec) -> NamedSharding:
+        """Where a weight lies."""
+        del spec  # they are all alike
+        return NamedSharding(mesh(), WHOLE)
 
     def check_rows(self, rows: int, accumulate: int = 1, *, own: bool = False) -> None:
         """Raises `UserError` unless `rows` can be split evenly over micro-batches and the devices of all processes.

@@ -20,10 +20,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-Params = dict[str, Any]  # nested dicts of arrays; leaves under "layers" and "encoder_layers" lead with L
+Params = dict[
+    str, Any
+]  # nested dicts of arrays, matrices perhaps `Quantised`; leaves under "layers" and "encoder_layers" lead with L
 STACKS = ("layers", "encoder_layers")
 # The weights of a stack, or parts of it from below, each of which leads with its own number of layers.
 Layers = Params | tuple[Params, ...]
+
+
+@flax.struct.dataclass
+class Quantised:
+    """A frozen matrix in 8 bits, values * scale: symmetric, each output channel by its largest absolute value."""
+
+    values: Array  # int8, [L in... out...] or, of a table of embeddings, [V D]
+    scale: Array  # float32, [L out...] or [V]
+    dtype: str = flax.struct.field(pytree_node=False, default="float32")  # of what is computed with it
 
 
 @flax.struct.dataclass

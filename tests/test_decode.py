@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from prefix_tuning import decode, models
+from prefix_tuning import decode, models, nn
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import loading
@@ -252,13 +252,29 @@ def test_layers_that_lie_apart_write_the_same(twins, family, beams):
 
 def test_layers_stay_together_where_memory_has_no_room(twins, monkeypatch):
     twin = twins("llama")
+    monkeypatch.setattr(nn, "on_cpu", lambda _: False)  # where layers are copied
     size = sum(x.nbytes for x in jax.tree.leaves(twin.params["layers"]))
     for free, parts in ((2 * size - 1, 1), (2 * size, twin.model.sites["decoder"].layers), (None, 3)):
         monkeypatch.setattr(decode, "free_memory", lambda free=free: free)
         layers = decode.ready(twin.params, twin.model)["layers"]
         assert (len(layers) if isinstance(layers, tuple) else 1) == parts
-    monkeypatch.undo()
-    assert decode.free_memory() > 0
+
+
+def test_layers_on_a_cpu_are_no_copies(twins):
+    """Views of the stack, as far as a layer begins where an array may, and none that a donated stack would change."""
+    twin = twins("llama")
+    stack = jnp.arange(3 * 16 * 4, dtype=jnp.float32).reshape(3, 16, 4)
+    odd = jnp.arange(9.0).reshape(3, 3)
+    params = twin.params | {"layers": {"even": stack, "odd": odd}}
+    first, size = stack.unsafe_buffer_pointer(), stack.nbytes // 3
+    layers = decode.ready(params, twin.model)["layers"]
+    assert [layer["even"].unsafe_buffer_pointer() for layer in layers] == [first + n * size for n in range(3)]
+    jax.block_until_ready(jax.jit(lambda x: x + 1, donate_argnums=0)(stack))
+    for n, layer in enumerate(layers):
+        np.testing.assert_array_equal(layer["even"], np.arange(n * 64.0, (n + 1) * 64).reshape(1, 16, 4))
+        np.testing.assert_array_equal(layer["odd"], odd[n : n + 1])
+    meshed = jax.device_put(jnp.ones((3, 16)), jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.P()))
+    assert [x.sharding for x in nn.views(meshed)] == [meshed.sharding] * 3
 
 
 @pytest.mark.parametrize("beams", [1, 3])
