@@ -9,6 +9,9 @@ Each side is a process of its own, so that peak memory is its own, and waits whi
   users have them, and also our batches, which hold rows of similar length.  `--batch` lists batch sizes; `largest` is
   the last doubling whose peak stays below `--memory` GiB (default: 80 % of what the machine has free, or of the GPU).
 - greedy, beam: `--new` tokens for 8 prompts, and for 4 with 5 beams; both sides are made to write that many.
+- texts: a whole text for each of the first `--records` of the validation split, greedily 8 at a time and with 5 beams 4
+  at a time, by the trained prefix in `--adapter`, as `run.py train` leaves it: texts of E2E end at different lengths.
+  PEFT takes records in order and waits for the longest of each batch; ours gives a row that is done to the next.
 - classify: a step on SST-2 with a head, for `bert`, batches of 32.
 - start: from the start of a process to the end of its first step, ours without and with a filled compilation cache,
   and how long loading weights and adapter takes of it.
@@ -40,12 +43,12 @@ import run
 from experiments import in_turn
 from prefix_tuning import models, setup
 from prefix_tuning.data import pipeline
-from prefix_tuning.files import write_json
+from prefix_tuning.files import read_json, write_json
 from prefix_tuning.interop import peft
 from prefix_tuning.models import loading
 from prefix_tuning.types import KV, Adaptation, LayerHooks
 
-PARTS = ("train", "greedy", "beam", "classify", "start")
+PARTS = ("train", "greedy", "beam", "texts", "classify", "start")
 SIDES = {"PEFT": "experiments.peft_side", "ours": "experiments.our_side"}
 LEARNING_RATE, STEPS = 1e-3, 10_000
 GPT2 = {
@@ -75,11 +78,13 @@ SHAPES = {  # drawn at random; dropout 0, since the two sides would draw differe
 MODELS = ("smollm2", *SHAPES, "quickstart")
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_list("parts", list(PARTS), f"of {', '.join(PARTS)}", flag_values=FLAGS)
+flags.DEFINE_list("parts", [part for part in PARTS if part != "texts"], f"of {', '.join(PARTS)}", flag_values=FLAGS)
 flags.DEFINE_list("model", ["smollm2", "gpt2", "bert"], f"of {', '.join(MODELS)}", flag_values=FLAGS)
 flags.DEFINE_list("batch", ["10"], "sizes of training batches, and largest", flag_values=FLAGS)
 flags.DEFINE_integer("rounds", 7, "turns of each side", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("new", 48, "tokens that are written", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_string("adapter", None, "the folder of a trained prefix, for texts", flag_values=FLAGS)
+flags.DEFINE_integer("records", 64, "that get texts", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_float("memory", None, "GiB that the largest batch may take", flag_values=FLAGS)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the frozen weights", flag_values=FLAGS)
 flags.DEFINE_string("workdir", "runs/bench", "where models are made", flag_values=FLAGS)
@@ -109,6 +114,7 @@ class Subject(NamedTuple):
     config: dict[str, Any]
     base: setup.Base
     adapter: Path
+    task: Path  # where the two sides find what to do
 
 
 def make_config(name: str, batch: int) -> dict[str, Any]:
@@ -158,7 +164,15 @@ def make_subject(name: str, batch: int, folder: Path) -> Subject:
         head = peft.head_of(config["objective"], base.model), weights
     adapter = folder / f"{name}_{batch}"
     peft.save_adapter(adapter, adaptation, base.model, str(base.folder), head=head)
-    return Subject(name, config, base, adapter)
+    return Subject(name, config, base, adapter, adapter / "task.json")
+
+
+def trained(subject: Subject) -> Subject:
+    """The same model with the prefix that `--adapter` names."""
+    folder = Path(FLAGS.adapter)
+    length = read_json(folder / "adapter_config.json", "a folder in PEFT's layout")["num_virtual_tokens"]
+    config = subject.config | {"method": subject.config["method"] | {"length": length}}
+    return subject._replace(config=config, base=setup.make_base(config), adapter=folder)
 
 
 def write_task(subject: Subject) -> Path:
@@ -173,9 +187,8 @@ def write_task(subject: Subject) -> Path:
         "steps": STEPS,
         "config": subject.config,
     }
-    file = subject.adapter / "task.json"
-    write_json(file, task)
-    return file
+    write_json(subject.task, task)
+    return subject.task
 
 
 def start(side: str, task: Path, cache: Path | None = None) -> in_turn.Worker:
@@ -262,6 +275,31 @@ def write(part: str, subject: Subject, beams: int, rows: int) -> Row:
     return Row(part, subject.name, len(prompts), "new tokens/s", rates, peak, f"{equal} of {len(prompts)} texts equal")
 
 
+def texts(subject: Subject) -> Iterator[Row]:
+    """Whole texts for many records."""
+    records = setup.load_split(subject.config, "validation")
+    sources = list(dict.fromkeys(records["source"]))[: FLAGS.records]
+    prompts = setup.make_prompts(subject.base, [{"source": source} for source in sources])
+    task, end = write_task(subject), list(subject.base.decode.end_tokens)
+    with start("PEFT", task) as theirs, start("ours", task) as ours:
+        sides = dict(zip(SIDES, (theirs, ours), strict=True))
+        for side in sides.values():
+            side.ask("load")
+        for beams, rows in ((1, 8), (5, 4)):
+            asked = {"prompts": prompts, "beams": beams, "new": subject.base.decode.max_new_tokens, "end": end}
+            found, rates = {}, {name: [] for name in SIDES}
+            sides["ours"].ask("texts", rows=rows, **asked)  # compiles
+            for _ in range(FLAGS.rounds):
+                for name, side in sides.items():
+                    answer = side.ask("texts", rows=rows, **asked)
+                    found[name] = answer["tokens"]
+                    rates[name].append(sum(map(len, found[name])) / answer["seconds"])
+            peak = {name: side.ask("memory")["peak"] for name, side in sides.items()}
+            equal = sum(a == b for a, b in zip(found["PEFT"], found["ours"], strict=True))
+            part = f"texts of {len(prompts)} records" + (f", {beams} beams" if beams > 1 else ", greedy")
+            yield Row(part, subject.name, rows, "new tokens/s", rates, peak, f"{equal} of {len(prompts)} texts equal")
+
+
 def first_step(subject: Subject, folder: Path) -> Iterator[Row]:
     """Fresh processes, up to the end of their first step."""
     batch, cache = subject.config["train"]["batch_size"], folder / "cache"
@@ -328,6 +366,8 @@ def rows_of(name: str, folder: Path) -> Iterator[Row]:
     for part, beams, rows in (("greedy", 1, 8), ("beam", 5, 4)):
         if part in parts:
             yield write(f"{part}, {FLAGS.new} tokens" + (f", {beams} beams" if beams > 1 else ""), subject, beams, rows)
+    if "texts" in parts:
+        yield from texts(trained(subject))
     if "start" in parts:
         yield from first_step(subject, folder)
 
@@ -352,6 +392,8 @@ def main(arguments: list[str]) -> None:
     for name, given, known in (("parts", FLAGS.parts, PARTS), ("model", FLAGS.model, MODELS)):
         if unknown := [value for value in given if value not in known]:
             sys.exit(f"error: unknown --{name} {', '.join(unknown)}; valid: {', '.join(known)}")
+    if "texts" in FLAGS.parts and not FLAGS.adapter:
+        sys.exit("error: --parts=texts wants --adapter, the folder adapter/ of a run that trained a prefix")
     for size in FLAGS.batch:
         if size != "largest" and not (size.isdigit() and int(size)):
             sys.exit(f"error: --batch has {size!r}; expected sizes of at least 1, and largest")

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.types import KV, Adaptation, LayerHooks, Layers, Model, Params, Quantised, Sites, parts
+from prefix_tuning.types import KV, Adaptation, Cache, LayerHooks, Layers, Model, Params, Quantised, Sites, parts
 
 ACTIVATIONS = {
     # Computed again for its derivative: cheaper than keeping what autodiff wants, three arrays as wide as the MLP.
@@ -310,6 +310,24 @@ def write(cached: KV, k: Array, v: Array, layer: Array | None, slot: Array) -> t
 
     cached = KV(put(cached.k, k), put(cached.v, v))
     return cached, slots_last(cached if layer is None else jax.tree.map(lambda x: x[layer], cached))
+
+
+def ages(cache: Cache) -> Array:
+    """How many steps ago each slot [N] of a cache was written, 0 for the one that this step writes."""
+    slots = cache.k[0].shape[-2]
+    return (cache.slot - jnp.arange(slots)) % slots
+
+
+def numbers(cache: Cache) -> Array:
+    """The number of the token in each slot [B N] within what its row writes, this step's included; below 0 for none."""
+    return cache.written[:, None] - ages(cache)
+
+
+def stepped(cache: Cache, k: tuple[Array, ...], v: tuple[Array, ...]) -> Cache:
+    """The cache after a step that wrote k and v."""
+    slots = cache.k[0].shape[-2]
+    written = jnp.minimum(cache.written + 1, slots)  # a row that has ended may wait longer than it wrote
+    return cache.replace(k=k, v=v, slot=(cache.slot + 1) % slots, written=written)
 
 
 def next_words(unembed: Callable[[Params, Array], Array], params: Params, hidden: Array) -> Array:

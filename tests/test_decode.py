@@ -339,7 +339,7 @@ def test_beam_scores_equal_rescoring(twins, log_probabilities, normalise):
     twin = twins("llama", 2)
     config = options(num_beams=4, length_penalty=0.7, normalise=normalise)
     prompts = random_prompts(twin.model.vocabulary, 2)
-    search = jax.jit(partial(decode.beam_search, twin.model, config))
+    search = jax.jit(partial(decode.search, twin.model, config))
     new, scores = search(twin.params, Adaptation(), *padded(prompts))
     lengths = set()
     for row, found, score in zip(prompts, np.asarray(new).tolist(), scores, strict=True):
@@ -358,7 +358,8 @@ def test_beam_scores_equal_rescoring(twins, log_probabilities, normalise):
 
 def table_model(vocabulary, called=lambda: None):
     def prefill(params, adaptation, tokens, lengths, slots):
-        return params[tokens[jnp.arange(len(tokens)), lengths - 1]], Cache((), (), jnp.int32(0), lengths, ())
+        cache = Cache((), (), slot=jnp.int32(0), written=jnp.zeros_like(lengths), position=lengths, read=())
+        return params[tokens[jnp.arange(len(tokens)), lengths - 1]], cache
 
     def step(params, adaptation, cache, tokens):
         jax.debug.callback(called)
@@ -373,7 +374,7 @@ def test_beam_search_by_hand():
     table = jnp.log(jnp.array([[0.3, 0.3, 0.4], [0.6, 0.1, 0.3], [1 / 3, 1 / 3, 1 / 3]]))
     tokens, lengths = np.ones((2, 20), np.int32), np.array([4, 20], np.int32)
     given = {"max_new_tokens": 2, "end_tokens": (2,), "pad_token": 0, "num_beams": 2}
-    search = jax.jit(partial(decode.beam_search, table_model(3)), static_argnums=0)
+    search = jax.jit(partial(decode.search, table_model(3)), static_argnums=0)
 
     new, scores = search(DecodeConfig(**given), table, Adaptation(), tokens, lengths)
     assert new.tolist() == [[0, 2], [0, 2]]  # log 0.24 / 2 = -0.71 beats log 0.3 / 1 = -1.20
@@ -417,7 +418,7 @@ def test_full_normalisation_equals_transformers_3_2(penalty):
     config = DecodeConfig(
         max_new_tokens=9, end_tokens=(END,), pad_token=PAD, num_beams=3, length_penalty=penalty, normalise="full"
     )
-    search = jax.jit(partial(decode.beam_search, table_model(V), config))
+    search = jax.jit(partial(decode.search, table_model(V), config))
     ended = set()
     for case in range(cases):
         table = np.random.default_rng(case).normal(size=(V, V)) * 2

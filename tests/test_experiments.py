@@ -247,8 +247,9 @@ def test_bench_table_says_how_much_faster_and_how_much_larger():
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--parts=train,sing", "unknown --parts sing; valid: train, greedy, beam, classify, start"),
+        ("--parts=train,sing", "unknown --parts sing; valid: train, greedy, beam, texts, classify, start"),
         ("--model=gpt5", "unknown --model gpt5; valid: smollm2, gpt2, gpt2-medium, gpt2-large, bert, quickstart"),
+        ("--parts=texts", "--parts=texts wants --adapter, the folder adapter/ of a run that trained a prefix"),
         ("--batch=8,all", "--batch has 'all'; expected sizes of at least 1, and largest"),
     ],
 )

@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -40,6 +41,7 @@ TABLES = ("embedding", "unembedding")
 ROWS = 4096  # of a table that are read at once to be quantised
 ALIGNED = 64  # bytes: an array that begins at a multiple of them is a CPU device's own without being copied
 Index = tuple[slice, ...]  # one slice per axis
+WITHOUT_TORCH = "PREFIX_TUNING_WITHOUT_TORCH"  # in the environment: see `hide_torch`
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # what a folder of the hub is fetched for
 
 
@@ -108,10 +110,28 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
     ):
         return None
+    if os.environ.get(WITHOUT_TORCH):
+        hide_torch()
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the file's parser does
         raise UserError(f"the tokenizer in {folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
+
+
+def hide_torch() -> None:
+    """Lets transformers take torch for absent, for as long as this process lives, unless something has imported it.
+
+    What is used of transformers here needs no torch, but where torch is installed a tokenizer's configuration imports
+    it, which takes longer than all else that is imported, and memory that stays taken.  Others may still import torch.
+    """
+    available = transformers.utils.is_torch_available
+    if "torch" not in sys.modules and available():
+        available.cache_clear()
+        sys.modules["torch"] = None
+        try:
+            available()
+        finally:
+            del sys.modules["torch"]
 
 
 def is_gguf(path: Path) -> bool:
