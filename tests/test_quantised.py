@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import ENCODERS, FAMILIES, SEQ2SEQ, one_a_row, random_prefix, random_rows
+from conftest import one_a_row, random_prefix, random_rows
 
 import run
 from prefix_tuning import api, decode, nn, parallel, setup
@@ -68,7 +68,8 @@ def test_a_channel_of_zeros_stays_zero():
     assert not values[:, 0].any()
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *SEQ2SEQ, *ENCODERS])
+# One for each arithmetic: the others differ in names and norms.
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma2", "bert", "bart", "t5"])
 def test_every_family_computes_what_its_dequantised_weights_do(twin, family):
     model, small, exact = both(twin, family)
     rows = random_rows(0, lengths=(5, 3))
