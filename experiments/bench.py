@@ -17,9 +17,11 @@ Each side is a process of its own, so that peak memory is its own, and waits whi
   and how long loading weights and adapter takes of it.
 
 `--model` lists smollm2 (SmolLM2-135M-Instruct), gpt2, gpt2-medium, gpt2-large, bert (these with random weights, made
-once in `--workdir`) and quickstart, which needs no download and is too small to say anything about speed.  Compiling is
-not counted, but for `start`.  Every first loss and every text of ours is compared with PEFT's.  Ratios are of medians.
-A GPU is used where both find one; there take --dtype=bfloat16.  Needs tests/requirements.txt; prints Markdown.
+once in `--workdir`) and quickstart, which needs no download and is too small to say anything about speed.  GFLOP/s are
+XLA's count of our step, padding included, by its time: beside what the machine can do, they say how well it is used.
+Compiling is not counted, but for `start`.  Every first loss and every text of ours is compared with PEFT's.  Ratios are
+of medians.  A GPU is used where both find one; there take --dtype=bfloat16.  Needs tests/requirements.txt; prints
+Markdown.
 
 `largest` starts two processes for every doubling.
 """
@@ -105,6 +107,7 @@ class Row(NamedTuple):
     values: dict[str, list[float]]  # side -> rounds
     peak: dict[str, float]  # side -> MiB
     agreement: str = ""
+    operations: list[float] | None = None  # ours a second in each round, by XLA's count, padding included
 
 
 class Subject(NamedTuple):
@@ -243,16 +246,21 @@ def train(part: str, subject: Subject, folder: Path) -> Iterator[Row]:
         theirs.ask("train", batch=str(users[0]))
         for file in own[1:]:  # compiles every shape
             ours.ask("train", batch=str(file))
+        counts = [ours.ask("operations", batch=str(file))["count"] for file in own]
         rates: dict[str, list[float]] = {"users": [], "same": [], "ours": []}
+        operations = []
         for n in range(FLAGS.rounds):
             for name, side, files in (("users", theirs, users), ("same", theirs, own), ("ours", ours, own)):
                 file = files[n % len(files)]
-                rates[name].append(real(file) / side.ask("train", batch=str(file))["seconds"])
+                seconds = side.ask("train", batch=str(file))["seconds"]
+                rates[name].append(real(file) / seconds)
+                if name == "ours":
+                    operations.append(counts[n % len(files)] / seconds)
         peak = {"PEFT": theirs.ask("memory")["peak"], "ours": ours.ask("memory")["peak"]}
     agreement = f"first loss {first[0]:.5f} and {first[1]:.5f}"
     for label, name in (("as users run it", "users"), ("same batches", "same")):
         values = {"PEFT": rates[name], "ours": rates["ours"]}
-        yield Row(f"{part}, {label}", subject.name, batch, "real tokens/s", values, peak, agreement)
+        yield Row(f"{part}, {label}", subject.name, batch, "real tokens/s", values, peak, agreement, operations)
 
 
 def write(part: str, subject: Subject, beams: int, rows: int) -> Row:
@@ -374,14 +382,16 @@ def rows_of(name: str, folder: Path) -> Iterator[Row]:
 
 def table(rows: list[Row]) -> str:
     """All rows as Markdown; a ratio above 1 says that we are faster, of memory that we take more."""
-    lines = ["| | model | batch | unit | PEFT | ours | faster by | PEFT MiB | ours MiB | memory ratio | agreement |"]
-    lines.append("|" + "---|" * 11)
+    lines = ["| | model | batch | unit | PEFT | ours | faster by | PEFT MiB | ours MiB | memory ratio "]
+    lines[0] += "| ours GFLOP/s | agreement |"
+    lines.append("|" + "---|" * 12)
     for row in rows:
         theirs, ours = (statistics.median(row.values[side]) for side in SIDES)
         faster = theirs / ours if row.unit == "s" else ours / theirs
         memory = [row.peak[side] for side in SIDES]
         cells = [row.part, row.model, f"{row.batch}", row.unit, f"{theirs:.4g}", f"{ours:.4g}", f"{faster:.2f}"]
-        cells += [f"{memory[0]:,.0f}", f"{memory[1]:,.0f}", f"{memory[1] / memory[0]:.2f}", row.agreement]
+        cells += [f"{memory[0]:,.0f}", f"{memory[1]:,.0f}", f"{memory[1] / memory[0]:.2f}"]
+        cells += [f"{statistics.median(row.operations) / 1e9:,.0f}" if row.operations else "", row.agreement]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

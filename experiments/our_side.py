@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from datasets import Dataset
 
-from experiments import in_turn
+from experiments import growth, in_turn
 from prefix_tuning import data, decode, optimizer, parallel, setup, stream
 from prefix_tuning.data import pipeline
 from prefix_tuning.evaluate import MULTIPLE
 from prefix_tuning.interop import peft
 from prefix_tuning.models import loading
 from prefix_tuning.train_step import make_train_step
-from prefix_tuning.types import Adaptation, Params, TrainState
+from prefix_tuning.types import Adaptation, Batch, Params, TrainState
 
 
 def training_rows(config: dict[str, Any]) -> Dataset:
@@ -91,6 +91,13 @@ class Side:
             self.step, _ = make_step(self.base, tx, self.frozen, parallel.place(state))
         return {"loss": self.step(dict(np.load(batch)))}
 
+    def operations(self, batch: str) -> dict[str, Any]:
+        """How many of them a step on the batch in a file takes, by XLA's count, padding included."""
+        base = setup.make_base(self.config | {"model": self.config["model"] | {"scan": False}})
+        tx, _ = optimizer.make_optimizer(self.task["steps"], **self.config["optimizer"])
+        shapes = jax.eval_shape(lambda *trees: trees, self.frozen, self.trainable, Batch(**np.load(batch)))
+        return {"count": growth.counted_step(base.model, base.method, base.objective, tx, *shapes)}
+
     def generate(self, prompts: list[list[int]], beams: int, new: int, end: list[int]) -> dict[str, Any]:
         """So many new tokens for each prompt, never an end token before them."""
         lengths = np.array([len(row) for row in prompts], np.int32)
@@ -133,4 +140,6 @@ if __name__ == "__main__":
     os.environ.setdefault(loading.WITHOUT_TORCH, "1")  # as in run.py
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not be taken for an answer
     side = Side(json.loads(Path(sys.argv[1]).read_text()))
-    in_turn.serve({name: getattr(side, name) for name in ("load", "train", "generate", "texts", "memory")}, answers)
+    in_turn.serve(
+        {name: getattr(side, name) for name in ("load", "train", "operations", "generate", "texts", "memory")}, answers
+    )

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,23 @@ class Process:
         guarded(self.folder, lambda: replace(self.code, f"{code}\n"))
 
 
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Within it SIGINT and SIGTERM, where they have handlers, are only noted; the handlers are called at its end."""
+    came: list[int] = []
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {number: handler for number, handler in usual.items() if callable(handler)}
+    for number in usual:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
 class Local:
     """Runs on this machine, one after the other."""
 
@@ -111,7 +128,8 @@ class Local:
             self.left.pop(0)  # which another sweep's process has finished meanwhile
         if self.left and self.process is None:
             process = Process(self.command(self.left[0]), self.root / self.left[0])
-            self.process = process if process.start() else None
+            with held_back():  # between a process's start and its note here, `interrupt` would not know of it
+                self.process = process if process.start() else None
         note = "" if self.process else "in a process that another sweep began"
         return {name: Alive("waiting") if i else Alive("running", note) for i, name in enumerate(self.left)}
 

@@ -1,5 +1,6 @@
 """Config -> everything a run needs: the only place that looks names up, before an accelerator is touched."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from prefix_tuning.types import Adaptation, Method, Model, Objective, Params, Tr
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("decode", "parallel", "mesh")  # not in every config
 SECTIONS = ("seed", "model", "dataset", "text", "method", "objective", "optimizer", "train", "evaluation", *OPTIONAL)
+# What `abstract_trainable` has found, by the method's `init` and the model's `hidden`.
+TRAINABLE: weakref.WeakKeyDictionary[Callable, dict[Callable, Params]] = weakref.WeakKeyDictionary()
 MODEL = {"dtype": "float32", "scan": True, "remat": False, "weights": "full"}  # what the section `model` need not say
 
 
@@ -357,9 +360,12 @@ def abstract_frozen(method: Method, model: Model, dtype: str = "float32", weight
 
 
 def abstract_trainable(method: Method, model: Model) -> Params:
-    """The shapes of what a method trains."""
-    init = lambda key, frozen: method.init(key, model, frozen)  # noqa: E731
-    return jax.eval_shape(init, jax.random.key(0), abstract_frozen(method, model))
+    """The shapes of what a method trains; traced once, since some take a second and every run asks a few times."""
+    known = TRAINABLE.setdefault(method.init, {})
+    if model.hidden not in known:
+        init = lambda key, frozen: method.init(key, model, frozen)  # noqa: E731
+        known[model.hidden] = jax.eval_shape(init, jax.random.key(0), abstract_frozen(method, model))
+    return known[model.hidden]
 
 
 def abstract_adaptation(method: Method, model: Model) -> Adaptation:

@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-Params = dict[
-    str, Any
-]  # nested dicts of arrays, matrices perhaps `Quantised`; leaves under "layers" and "encoder_layers" lead with L
+# Nested dicts of arrays, matrices perhaps `Quantised`; leaves under "layers" and "encoder_layers" lead with L.
+Params = dict[str, Any]
 STACKS = ("layers", "encoder_layers")
 # The weights of a stack, or parts of it from below, each of which leads with its own number of layers.
 Layers = Params | tuple[Params, ...]

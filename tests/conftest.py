@@ -5,19 +5,26 @@ still differ.
 """
 
 import functools
+import gc
 import importlib.metadata
 import os
+import platform
 import shutil
 import signal
 import tempfile
 
-# Tests compile much and compute little: no optimisation, one LLVM module, no MLIR pipeline for every fused kernel.
+# What is imported below stays, and Python's collector would go through those objects again and again.
+gc.disable()
+
+# Tests compile much and compute little: no optimisation, one LLVM module, no MLIR pipeline for every fused kernel, and
+# vectors of 4 numbers, which the unoptimised code is shorter with.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         "--xla_cpu_parallel_codegen_split_count=1",
+        *(["--xla_cpu_max_isa=SSE4_2"] if platform.machine() in ("x86_64", "AMD64") else []),
         # XLA ends at a flag that it lacks, as later ones do.
         *(["--xla_cpu_use_fusion_emitters=false"] if importlib.metadata.version("jaxlib").startswith("0.10.") else []),
     ]
@@ -46,6 +53,10 @@ from prefix_tuning.data import pipeline
 from prefix_tuning.progress import Interrupted
 from prefix_tuning.train_step import make_train_step
 from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, Model, TrainState
+
+gc.freeze()
+gc.enable()
+gc.set_threshold(50_000, 10, 10)  # tracing makes many objects, few of them garbage
 
 B, T, P, L, K, F, V = 8, 7, 5, 3, 2, 11, 13
 LLAMA = {
@@ -153,9 +164,9 @@ SEQ2SEQ = {
 
 # The files that take longest, in their order: a worker gets whole files, and one that begins last is waited for.
 LONGEST = (
-    "methods seq2seq hooks models population sharded hosts sharded_hosts population_hosts decode sweep run tables "
-    "publish peft peft_kinds quickstart tasks train_step inspection selection encoders method_options data_tasks "
-    "gguf accounting interop_fuzz"
+    "seq2seq methods sharded population tasks run hosts tables hooks peft_kinds decode publish configs sharded_hosts "
+    "models inspection encoders sweep kv population_hosts accounting train_step selection quickstart vocabulary "
+    "method_options metrics_triples adaptation prefix growth compare_runs metrics merged peft windows"
 ).split()
 
 
@@ -181,6 +192,7 @@ def forget_programs():
     """Compiled programs of a finished file are dropped: thousands use up the memory maps that a process may have."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 def pytest_unconfigure(config):

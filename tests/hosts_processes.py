@@ -7,6 +7,7 @@ numbered `lose` dies by SIGKILL in its sixth step.  What they print goes to NAME
 exit codes and seconds of all jobs go to standard output as JSON.
 """
 
+import gc
 import json
 import os
 import pathlib
@@ -19,6 +20,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import run
 from prefix_tuning import api, population, train  # noqa: F401 (imported before forking)
+
+gc.disable()  # these processes are short, and each would copy what it goes through
 
 
 def dies(number):

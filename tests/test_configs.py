@@ -174,9 +174,14 @@ def at_true_size(name, arg):
     return config, counts
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+WITH_METHODS = [f"quick,method={method}" for method in (*common.METHODS, *common.PRESETS, "prefix+lora")]
+# One config of each architecture takes every method, the others their own.
+ALL_METHODS = ("e2e_smollm2", "gpt2_table_to_text", "prompt_tuning_t5", "ptuning_v2", "xsum_bart")
+
+
 @pytest.mark.parametrize(
-    "arg", ["", *(f"quick,method={method}" for method in (*common.METHODS, *common.PRESETS, "prefix+lora"))]
+    ("name", "arg"),
+    [(name, arg) for name in CONFIGS for arg in ("", *(WITH_METHODS if name in ALL_METHODS else ()))],
 )
 def test_a_step_has_the_right_shapes_at_true_size(name, arg):
     config, counts = at_true_size(name, arg)
@@ -185,6 +190,14 @@ def test_a_step_has_the_right_shapes_at_true_size(name, arg):
     if config["method"]["name"] == "prefix":
         assert counts["stored"] == STORED.get(name, counts["stored"])
         assert counts["stored"] <= SHARE.get(name, 0.01) * counts["frozen"]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ALL_METHODS])
+def test_every_method_can_be_made_in_the_other_configs(name):
+    for arg in WITH_METHODS:
+        config = run.load_config(f"{ROOT}/configs/{name}.py:{arg}").to_dict()
+        named("method", METHODS, config["method"], Words())
+        call("optimizer", make_optimizer, config["optimizer"], 1000)
 
 
 @pytest.mark.parametrize(("task", "backbone"), ptuning_v2.ROWS)

@@ -1,9 +1,11 @@
 """Sweeps: all is checked before anything runs, what is done is not done again, one failure stops no other run."""
 
+import gc
 import json
 import os
 import re
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -127,8 +129,20 @@ print("step 3/9: loss 0.5000, 1.0 ex/s, 2 tok/s, 0.1 min left", flush=True)
 """
 
 
-@pytest.mark.parametrize(("number", "error"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", Interrupted)])
-def test_stopping_the_sweep_stops_its_run_cleanly(tmp_path, capfd, number, error):
+@pytest.fixture
+def no_collection():
+    """Garbage is kept: JAX and hypothesis are called at each collection, and what a signal's handler raises in such a
+    call is lost."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+SIGNALS = pytest.mark.parametrize(("number", "error"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", Interrupted)])
+
+
+@SIGNALS
+def test_stopping_the_sweep_stops_its_run_cleanly(tmp_path, capfd, no_collection, number, error):
     code = STOPPABLE + f"os.kill(os.getppid(), signal.{number})\ntime.sleep(60)"
     usual = signal.getsignal(signal.SIGTERM)
     with pytest.raises(error):
@@ -138,6 +152,27 @@ def test_stopping_the_sweep_stops_its_run_cleanly(tmp_path, capfd, number, error
     assert "the run is stopped; the same command goes on" in capfd.readouterr().err
     assert "| one |  | stopped: step 3/9, loss 0.5000 |" in (tmp_path / "sweep.md").read_text()
     assert signal.getsignal(signal.SIGTERM) is usual
+
+
+@SIGNALS
+def test_a_run_that_is_just_starting_is_stopped_too(tmp_path, monkeypatch, no_collection, number, error):
+    usual, begun = subprocess.Popen, []
+
+    def popen(*arguments, **options):
+        begun.append(usual(*arguments, **options))
+        os.kill(os.getpid(), getattr(signal, number))
+        return begun[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    try:
+        with pytest.raises(error):
+            sweep.run_all(two(), launch.Local(python("import time; time.sleep(60)"), tmp_path), tmp_path)
+        assert [process.returncode for process in begun] == [-signal.SIGTERM]
+    finally:
+        for process in begun:
+            process.kill()
+            process.wait()
+    assert state.look(tmp_path / "one") == State("stopped", "before its first steps")
 
 
 def test_a_run_that_a_killed_sweep_left_is_waited_for(tmp_path, monkeypatch):
