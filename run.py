@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -484,6 +485,8 @@ def fail(error: Exception) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("PREFIX_TUNING_WITHOUT_TORCH", "1")  # this process is ours alone, and has no use for it
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     code = main(sys.argv[1:])
     sys.stdout.flush()

@@ -9,14 +9,19 @@ Each side is a process of its own, so that peak memory is its own, and waits whi
   users have them, and also our batches, which hold rows of similar length.  `--batch` lists batch sizes; `largest` is
   the last doubling whose peak stays below `--memory` GiB (default: 80 % of what the machine has free, or of the GPU).
 - greedy, beam: `--new` tokens for 8 prompts, and for 4 with 5 beams; both sides are made to write that many.
+- texts: a whole text for each of the first `--records` of the validation split, greedily 8 at a time and with 5 beams 4
+  at a time, by the trained prefix in `--adapter`, as `run.py train` leaves it: texts of E2E end at different lengths.
+  PEFT takes records in order and waits for the longest of each batch; ours gives a row that is done to the next.
 - classify: a step on SST-2 with a head, for `bert`, batches of 32.
 - start: from the start of a process to the end of its first step, ours without and with a filled compilation cache,
   and how long loading weights and adapter takes of it.
 
 `--model` lists smollm2 (SmolLM2-135M-Instruct), gpt2, gpt2-medium, gpt2-large, bert (these with random weights, made
-once in `--workdir`) and quickstart, which needs no download and is too small to say anything about speed.  Compiling is
-not counted, but for `start`.  Every first loss and every text of ours is compared with PEFT's.  Ratios are of medians.
-A GPU is used where both find one; there take --dtype=bfloat16.  Needs tests/requirements.txt; prints Markdown.
+once in `--workdir`) and quickstart, which needs no download and is too small to say anything about speed.  GFLOP/s are
+XLA's count of our step, padding included, by its time: beside what the machine can do, they say how well it is used.
+Compiling is not counted, but for `start`.  Every first loss and every text of ours is compared with PEFT's.  Ratios are
+of medians.  A GPU is used where both find one; there take --dtype=bfloat16.  Needs tests/requirements.txt; prints
+Markdown.
 
 `largest` starts two processes for every doubling.
 """
@@ -40,12 +45,12 @@ import run
 from experiments import in_turn
 from prefix_tuning import models, setup
 from prefix_tuning.data import pipeline
-from prefix_tuning.files import write_json
+from prefix_tuning.files import read_json, write_json
 from prefix_tuning.interop import peft
 from prefix_tuning.models import loading
 from prefix_tuning.types import KV, Adaptation, LayerHooks
 
-PARTS = ("train", "greedy", "beam", "classify", "start")
+PARTS = ("train", "greedy", "beam", "texts", "classify", "start")
 SIDES = {"PEFT": "experiments.peft_side", "ours": "experiments.our_side"}
 LEARNING_RATE, STEPS = 1e-3, 10_000
 GPT2 = {
@@ -75,11 +80,13 @@ SHAPES = {  # drawn at random; dropout 0, since the two sides would draw differe
 MODELS = ("smollm2", *SHAPES, "quickstart")
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_list("parts", list(PARTS), f"of {', '.join(PARTS)}", flag_values=FLAGS)
+flags.DEFINE_list("parts", [part for part in PARTS if part != "texts"], f"of {', '.join(PARTS)}", flag_values=FLAGS)
 flags.DEFINE_list("model", ["smollm2", "gpt2", "bert"], f"of {', '.join(MODELS)}", flag_values=FLAGS)
 flags.DEFINE_list("batch", ["10"], "sizes of training batches, and largest", flag_values=FLAGS)
 flags.DEFINE_integer("rounds", 7, "turns of each side", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("new", 48, "tokens that are written", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_string("adapter", None, "the folder of a trained prefix, for texts", flag_values=FLAGS)
+flags.DEFINE_integer("records", 64, "that get texts", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_float("memory", None, "GiB that the largest batch may take", flag_values=FLAGS)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the frozen weights", flag_values=FLAGS)
 flags.DEFINE_string("workdir", "runs/bench", "where models are made", flag_values=FLAGS)
@@ -100,6 +107,7 @@ class Row(NamedTuple):
     values: dict[str, list[float]]  # side -> rounds
     peak: dict[str, float]  # side -> MiB
     agreement: str = ""
+    operations: list[float] | None = None  # ours a second in each round, by XLA's count, padding included
 
 
 class Subject(NamedTuple):
@@ -109,6 +117,7 @@ class Subject(NamedTuple):
     config: dict[str, Any]
     base: setup.Base
     adapter: Path
+    task: Path  # where the two sides find what to do
 
 
 def make_config(name: str, batch: int) -> dict[str, Any]:
@@ -158,7 +167,15 @@ def make_subject(name: str, batch: int, folder: Path) -> Subject:
         head = peft.head_of(config["objective"], base.model), weights
     adapter = folder / f"{name}_{batch}"
     peft.save_adapter(adapter, adaptation, base.model, str(base.folder), head=head)
-    return Subject(name, config, base, adapter)
+    return Subject(name, config, base, adapter, adapter / "task.json")
+
+
+def trained(subject: Subject) -> Subject:
+    """The same model with the prefix that `--adapter` names."""
+    folder = Path(FLAGS.adapter)
+    length = read_json(folder / "adapter_config.json", "a folder in PEFT's layout")["num_virtual_tokens"]
+    config = subject.config | {"method": subject.config["method"] | {"length": length}}
+    return subject._replace(config=config, base=setup.make_base(config), adapter=folder)
 
 
 def write_task(subject: Subject) -> Path:
@@ -173,9 +190,8 @@ def write_task(subject: Subject) -> Path:
         "steps": STEPS,
         "config": subject.config,
     }
-    file = subject.adapter / "task.json"
-    write_json(file, task)
-    return file
+    write_json(subject.task, task)
+    return subject.task
 
 
 def start(side: str, task: Path, cache: Path | None = None) -> in_turn.Worker:
@@ -230,16 +246,21 @@ def train(part: str, subject: Subject, folder: Path) -> Iterator[Row]:
         theirs.ask("train", batch=str(users[0]))
         for file in own[1:]:  # compiles every shape
             ours.ask("train", batch=str(file))
+        counts = [ours.ask("operations", batch=str(file))["count"] for file in own]
         rates: dict[str, list[float]] = {"users": [], "same": [], "ours": []}
+        operations = []
         for n in range(FLAGS.rounds):
             for name, side, files in (("users", theirs, users), ("same", theirs, own), ("ours", ours, own)):
                 file = files[n % len(files)]
-                rates[name].append(real(file) / side.ask("train", batch=str(file))["seconds"])
+                seconds = side.ask("train", batch=str(file))["seconds"]
+                rates[name].append(real(file) / seconds)
+                if name == "ours":
+                    operations.append(counts[n % len(files)] / seconds)
         peak = {"PEFT": theirs.ask("memory")["peak"], "ours": ours.ask("memory")["peak"]}
     agreement = f"first loss {first[0]:.5f} and {first[1]:.5f}"
     for label, name in (("as users run it", "users"), ("same batches", "same")):
         values = {"PEFT": rates[name], "ours": rates["ours"]}
-        yield Row(f"{part}, {label}", subject.name, batch, "real tokens/s", values, peak, agreement)
+        yield Row(f"{part}, {label}", subject.name, batch, "real tokens/s", values, peak, agreement, operations)
 
 
 def write(part: str, subject: Subject, beams: int, rows: int) -> Row:
@@ -260,6 +281,31 @@ def write(part: str, subject: Subject, beams: int, rows: int) -> Row:
         peak = {name: side.ask("memory")["peak"] for name, side in sides.items()}
     equal = sum(a == b for a, b in zip(texts["PEFT"], texts["ours"], strict=True))
     return Row(part, subject.name, len(prompts), "new tokens/s", rates, peak, f"{equal} of {len(prompts)} texts equal")
+
+
+def texts(subject: Subject) -> Iterator[Row]:
+    """Whole texts for many records."""
+    records = setup.load_split(subject.config, "validation")
+    sources = list(dict.fromkeys(records["source"]))[: FLAGS.records]
+    prompts = setup.make_prompts(subject.base, [{"source": source} for source in sources])
+    task, end = write_task(subject), list(subject.base.decode.end_tokens)
+    with start("PEFT", task) as theirs, start("ours", task) as ours:
+        sides = dict(zip(SIDES, (theirs, ours), strict=True))
+        for side in sides.values():
+            side.ask("load")
+        for beams, rows in ((1, 8), (5, 4)):
+            asked = {"prompts": prompts, "beams": beams, "new": subject.base.decode.max_new_tokens, "end": end}
+            found, rates = {}, {name: [] for name in SIDES}
+            sides["ours"].ask("texts", rows=rows, **asked)  # compiles
+            for _ in range(FLAGS.rounds):
+                for name, side in sides.items():
+                    answer = side.ask("texts", rows=rows, **asked)
+                    found[name] = answer["tokens"]
+                    rates[name].append(sum(map(len, found[name])) / answer["seconds"])
+            peak = {name: side.ask("memory")["peak"] for name, side in sides.items()}
+            equal = sum(a == b for a, b in zip(found["PEFT"], found["ours"], strict=True))
+            part = f"texts of {len(prompts)} records" + (f", {beams} beams" if beams > 1 else ", greedy")
+            yield Row(part, subject.name, rows, "new tokens/s", rates, peak, f"{equal} of {len(prompts)} texts equal")
 
 
 def first_step(subject: Subject, folder: Path) -> Iterator[Row]:
@@ -328,20 +374,24 @@ def rows_of(name: str, folder: Path) -> Iterator[Row]:
     for part, beams, rows in (("greedy", 1, 8), ("beam", 5, 4)):
         if part in parts:
             yield write(f"{part}, {FLAGS.new} tokens" + (f", {beams} beams" if beams > 1 else ""), subject, beams, rows)
+    if "texts" in parts:
+        yield from texts(trained(subject))
     if "start" in parts:
         yield from first_step(subject, folder)
 
 
 def table(rows: list[Row]) -> str:
     """All rows as Markdown; a ratio above 1 says that we are faster, of memory that we take more."""
-    lines = ["| | model | batch | unit | PEFT | ours | faster by | PEFT MiB | ours MiB | memory ratio | agreement |"]
-    lines.append("|" + "---|" * 11)
+    lines = ["| | model | batch | unit | PEFT | ours | faster by | PEFT MiB | ours MiB | memory ratio "]
+    lines[0] += "| ours GFLOP/s | agreement |"
+    lines.append("|" + "---|" * 12)
     for row in rows:
         theirs, ours = (statistics.median(row.values[side]) for side in SIDES)
         faster = theirs / ours if row.unit == "s" else ours / theirs
         memory = [row.peak[side] for side in SIDES]
         cells = [row.part, row.model, f"{row.batch}", row.unit, f"{theirs:.4g}", f"{ours:.4g}", f"{faster:.2f}"]
-        cells += [f"{memory[0]:,.0f}", f"{memory[1]:,.0f}", f"{memory[1] / memory[0]:.2f}", row.agreement]
+        cells += [f"{memory[0]:,.0f}", f"{memory[1]:,.0f}", f"{memory[1] / memory[0]:.2f}"]
+        cells += [f"{statistics.median(row.operations) / 1e9:,.0f}" if row.operations else "", row.agreement]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -352,6 +402,8 @@ def main(arguments: list[str]) -> None:
     for name, given, known in (("parts", FLAGS.parts, PARTS), ("model", FLAGS.model, MODELS)):
         if unknown := [value for value in given if value not in known]:
             sys.exit(f"error: unknown --{name} {', '.join(unknown)}; valid: {', '.join(known)}")
+    if "texts" in FLAGS.parts and not FLAGS.adapter:
+        sys.exit("error: --parts=texts wants --adapter, the folder adapter/ of a run that trained a prefix")
     for size in FLAGS.batch:
         if size != "largest" and not (size.isdigit() and int(size)):
             sys.exit(f"error: --batch has {size!r}; expected sizes of at least 1, and largest")

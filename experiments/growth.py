@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -36,7 +37,7 @@ from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES, vocabulary
 from prefix_tuning.registry import named
 from prefix_tuning.train_step import make_train_step
-from prefix_tuning.types import Batch, Method, Model, Spec, TrainState
+from prefix_tuning.types import Batch, Method, Model, Objective, Params, Spec, TrainState
 
 GIB = 2**30
 RESERVE = 0.1  # of a device's memory, for what XLA holds beside what is counted
@@ -153,15 +154,25 @@ def cost(model: Model, method: Method, batch: Batch, dtype: str = "bfloat16") ->
     return Cost(size(frozen), size(trainable) + size(jax.eval_shape(TX.init, trainable)), size(new))
 
 
-def operations(point: Point, *, forward: bool = False) -> float:
-    """XLA's count of a train step's floating-point operations, or of its forward pass alone."""
+def counted(function: Callable, *arguments: Any) -> float:
+    """XLA's count of a function's floating-point operations, for shapes; its layers have to be unrolled."""
     # All targets in one chunk: XLA counts what is in a loop once, however often it runs.
     with mock.patch.multiple(vocabulary, CPU_ROWS=sys.maxsize, ROWS=sys.maxsize):
-        return counted(point, forward)
+        return jax.jit(function).lower(*arguments).cost_analysis()["flops"]
 
 
-def counted(point: Point, forward: bool) -> float:
-    """XLA's count of a program as it stands."""
+def counted_step(
+    model: Model, method: Method, objective: Objective, tx: Any, frozen: Params, trainable: Params, batch: Batch
+) -> float:
+    """XLA's count of a train step, of an unrolled model; trees of shapes, a batch of one device."""
+    opt_state, key = jax.eval_shape(tx.init, trainable), jax.eval_shape(lambda: jax.random.key(0))
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, opt_state, key)
+    micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch)
+    return counted(make_train_step(model, method, objective, tx), frozen, state, micro)
+
+
+def operations(point: Point, *, forward: bool = False) -> float:
+    """XLA's count of a train step's floating-point operations, or of its forward pass alone."""
     model = models.build(SMALL | {"num_hidden_layers": point.layers}, scan=False)
     method = made("prefix", {"length": point.prefix, "init": "random"})
     frozen, trainable = setup.abstract_frozen(method, model), setup.abstract_trainable(method, model)
@@ -172,13 +183,8 @@ def counted(point: Point, forward: bool) -> float:
             params, adaptation = method.bind(frozen, trainable, key=None)
             return OBJECTIVE.loss(model, params, adaptation, batch)[0]
 
-        return jax.jit(loss).lower(frozen, trainable, batch).cost_analysis()["flops"]
-    step = make_train_step(model, method, OBJECTIVE, TX)
-    opt_state = jax.eval_shape(TX.init, trainable)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, opt_state, key)
-    micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch)
-    return point.population * jax.jit(step).lower(frozen, state, micro).cost_analysis()["flops"]
+        return counted(loss, frozen, trainable, batch)
+    return point.population * counted_step(model, method, OBJECTIVE, TX, frozen, trainable, batch)
 
 
 def at(point: Point) -> Cost:

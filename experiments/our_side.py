@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from datasets import Dataset
 
-from experiments import in_turn
-from prefix_tuning import data, decode, optimizer, parallel, setup
+from experiments import growth, in_turn
+from prefix_tuning import data, decode, optimizer, parallel, setup, stream
+from prefix_tuning.data import pipeline
 from prefix_tuning.evaluate import MULTIPLE
 from prefix_tuning.interop import peft
+from prefix_tuning.models import loading
 from prefix_tuning.train_step import make_train_step
-from prefix_tuning.types import Adaptation, Params, TrainState
+from prefix_tuning.types import Adaptation, Batch, Params, TrainState
 
 
 def training_rows(config: dict[str, Any]) -> Dataset:
@@ -48,6 +51,12 @@ def our_step(config: dict[str, Any], base: setup.Base, run: setup.Run) -> tuple[
     return step, lambda: base.method.bind(frozen, now())
 
 
+def decode_config(beams: int, new: int, end: list[int], least: int = 0) -> decode.DecodeConfig:
+    """From `least` to `new` tokens, greedily or with beams."""
+    options = {"max_new_tokens": new, "min_new_tokens": least, "end_tokens": tuple(end), "num_beams": beams}
+    return decode.DecodeConfig(**options, pad_token=0)
+
+
 class Side:
     """What experiments/bench.py asks of us."""
 
@@ -57,7 +66,7 @@ class Side:
         self.frozen: Params | None = None
         self.trainable: Params | None = None
         self.step: Callable | None = None
-        self.generators: dict[int, Callable] = {}  # by the number of beams
+        self.generators: dict[Any, Callable] = {}  # by what they do, and the number of beams
         self.bound: tuple[Params, Adaptation] | None = None  # what they read
 
     def load(self) -> dict[str, Any]:
@@ -82,6 +91,13 @@ class Side:
             self.step, _ = make_step(self.base, tx, self.frozen, parallel.place(state))
         return {"loss": self.step(dict(np.load(batch)))}
 
+    def operations(self, batch: str) -> dict[str, Any]:
+        """How many of them a step on the batch in a file takes, by XLA's count, padding included."""
+        base = setup.make_base(self.config | {"model": self.config["model"] | {"scan": False}})
+        tx, _ = optimizer.make_optimizer(self.task["steps"], **self.config["optimizer"])
+        shapes = jax.eval_shape(lambda *trees: trees, self.frozen, self.trainable, Batch(**np.load(batch)))
+        return {"count": growth.counted_step(base.model, base.method, base.objective, tx, *shapes)}
+
     def generate(self, prompts: list[list[int]], beams: int, new: int, end: list[int]) -> dict[str, Any]:
         """So many new tokens for each prompt, never an end token before them."""
         lengths = np.array([len(row) for row in prompts], np.int32)
@@ -89,12 +105,27 @@ class Side:
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
         if beams not in self.generators:
-            options = {"max_new_tokens": new, "min_new_tokens": new, "end_tokens": tuple(end), "num_beams": beams}
-            self.generators[beams] = decode.make_generate(self.base.model, decode.DecodeConfig(**options, pad_token=0))
-            # Once for all batches, as `evaluate` does.
+            config = decode_config(beams, new, end, least=new)
+            self.generators[beams] = decode.make_generate(self.base.model, config)
+        return {"tokens": np.asarray(self.generators[beams](*self.ready(), tokens, lengths)[0]).tolist()}
+
+    def texts(self, prompts: list[list[int]], beams: int, new: int, end: list[int], rows: int) -> dict[str, Any]:
+        """At most so many new tokens for each prompt, up to their end token, in so many rows, as `evaluate` does."""
+        if ("texts", beams) not in self.generators:
+            config = decode_config(beams, new, end)
+            self.generators["texts", beams] = stream.make_stream(self.base.model, config, self.base.layout)
+        chunks = pipeline.prompt_batches(prompts, batch_size=rows, multiple=MULTIPLE)
+        found = {}
+        for written in self.generators["texts", beams](*self.ready(), chunks, jax.random.key(0)):
+            found |= {int(i): row[:n].tolist() for i, row, n in zip(*written, strict=True)}
+        return {"tokens": [found[i] for i in range(len(prompts))]}
+
+    def ready(self) -> tuple[Params, Adaptation]:
+        """What decoding reads, made once for all batches, as `evaluate` does."""
+        if self.bound is None:
             params, adaptation = self.base.method.bind(self.frozen, self.trainable)
             self.bound = decode.ready(params, self.base.model), adaptation
-        return {"tokens": np.asarray(self.generators[beams](*self.bound, tokens, lengths)[0]).tolist()}
+        return self.bound
 
     def memory(self) -> dict[str, Any]:
         """MiB held at most and still free, of the accelerator if there is one."""
@@ -106,6 +137,9 @@ class Side:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault(loading.WITHOUT_TORCH, "1")  # as in run.py
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not be taken for an answer
     side = Side(json.loads(Path(sys.argv[1]).read_text()))
-    in_turn.serve({name: getattr(side, name) for name in ("load", "train", "generate", "memory")}, answers)
+    in_turn.serve(
+        {name: getattr(side, name) for name in ("load", "train", "operations", "generate", "texts", "memory")}, answers
+    )

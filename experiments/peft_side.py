@@ -124,19 +124,33 @@ class Side:
 
     def generate(self, prompts: list[list[int]], beams: int, new: int, end: list[int]) -> dict[str, Any]:
         """So many new tokens for each prompt, never an end token before them."""
+        return {"tokens": self.written(prompts, beams, new, end, least=new)}
+
+    def texts(self, prompts: list[list[int]], beams: int, new: int, end: list[int], rows: int) -> dict[str, Any]:
+        """At most so many new tokens for each prompt, up to their end token; `rows` prompts at a time, in order."""
+        found = []
+        for first in range(0, len(prompts), rows):
+            found += self.written(prompts[first : first + rows], beams, new, end)
+        ends = [next((n + 1 for n, token in enumerate(row) if token in end), len(row)) for row in found]
+        return {"tokens": [row[:n] for row, n in zip(found, ends, strict=True)]}
+
+    def written(
+        self, prompts: list[list[int]], beams: int, new: int, end: list[int], least: int = 0
+    ) -> list[list[int]]:
+        """What follows each of a batch of prompts, padded to the longest."""
         tokens, mask = padded(prompts, left=True), padded([[1] * len(row) for row in prompts], left=True)
         with torch.no_grad():
             out = self.model.eval().generate(
                 input_ids=tokens.to(self.device),
                 attention_mask=mask.to(self.device),
                 max_new_tokens=new,
-                min_new_tokens=new,
+                min_new_tokens=least,
                 do_sample=False,
                 num_beams=beams,
                 eos_token_id=end,
                 pad_token_id=0,
             )
-        return {"tokens": out[:, tokens.shape[1] :].tolist()}
+        return out[:, tokens.shape[1] :].tolist()
 
     def memory(self) -> dict[str, Any]:
         """MiB held at most and still free, of the accelerator if there is one."""
@@ -148,4 +162,4 @@ class Side:
 if __name__ == "__main__":
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not be taken for an answer
     side = Side(json.loads(Path(sys.argv[1]).read_text()))
-    in_turn.serve({name: getattr(side, name) for name in ("load", "train", "generate", "memory")}, answers)
+    in_turn.serve({name: getattr(side, name) for name in ("load", "train", "generate", "texts", "memory")}, answers)

@@ -47,8 +47,8 @@ def load_model(
     model = loading.read_model(folder)
     layout = layouts.make(model.specs, parallel, mesh)
     layouts.check_memory(layout, model.specs, {"weights": loading.abstract(model, dtype)}, layouts.memory_limit())
-    weights = loading.load_weights(folder, model, dtype, layout.where)
-    return model, jax.device_put(weights) if layout.where is None else weights, loading.load_tokenizer(folder)
+    where = layout.where if isinstance(layout, layouts.Sharded) else lambda _: None
+    return model, loading.load_weights(folder, model, dtype, where), loading.load_tokenizer(folder)
 
 
 def load_adapter(folder: str, model: Model, frozen: Params) -> Adaptation:
@@ -270,6 +270,11 @@ def export_workdir(
     valid("way to combine", how, ("average", "concatenate"))
     if len(workdirs) < 2 and (how != "concatenate" or weights is not None):
         raise UserError("--combine and --weights are for several workdirs; expected --workdir=DIR,DIR or neither")
+    for workdir in workdirs if format == "merged" else ():
+        if read_json(Path(workdir) / "config.json", WORKDIR)["model"].get("weights") == "int8":
+            raise UserError(
+                f"{workdir} has model.weights='int8', which no merged model can be made of; valid: kv, peft"
+            )
     opened = [open_workdir(workdir) for workdir in workdirs]
     config, base = opened[0][:2]
     for workdir, one in zip(workdirs, opened, strict=True):

@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -85,12 +83,8 @@ def make_generate(
     def generate(
         params: Params, adaptation: Adaptation, tokens: Array, lengths: Array, key: Array | None = None
     ) -> tuple[Array, Array]:
-        if config.num_beams > 1:
-            new, _ = beam_search(model, config, params, adaptation, tokens, lengths)
-        else:
-            new = sample(model, config, params, adaptation, tokens, lengths, key)
-        ended = is_end(config, new)
-        return new, jnp.where(ended.any(1), ended.argmax(1) + 1, config.max_new_tokens)
+        new, _ = search(model, config, params, adaptation, tokens, lengths, key)
+        return new, new_lengths(config, new)
 
     return jit(generate, compiler_options=compiler_options())
 
@@ -101,26 +95,24 @@ def compiler_options() -> dict[str, str]:
 
 
 def ready(params: Params, model: Model) -> Params:
-    """The weights as `generate` reads them fastest, `nn.apart`, if memory has room for that copy; else as they are.
+    """The weights as `generate` reads them fastest, `nn.apart`, if memory has room for copies; else as they are.
 
-    As much again has to stay free, for what decoding itself holds.
+    As much again has to stay free, for what decoding itself holds.  On CPUs nothing is copied.
     """
     leaves = jax.tree.leaves(params[model.layers("decoder")])
     if not all(isinstance(x, Array) and x.is_fully_addressable for x in leaves):
         return params  # several processes would each decide by their own memory
+    if all(map(nn.on_cpu, leaves)):
+        return nn.apart(params, model)
     held = max(sum(x.addressable_data(n).nbytes for x in leaves) for n in range(len(leaves[0].addressable_shards)))
     free = free_memory()
     return params if free is not None and 2 * held > free else nn.apart(params, model)
 
 
 def free_memory() -> int | None:
-    """The bytes that every local device still has, of a CPU those of its host; None where nobody says so."""
+    """The bytes that every local device still has; None where one does not say so."""
     stats = [device.memory_stats() for device in jax.local_devices()]
-    if all(stats):
-        return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
-    information = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s*(\d+) kB", information.read_text()) if information.exists() else None
-    return int(found[1]) * 1024 if found else None
+    return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats) if all(stats) else None
 
 
 def check(model: Model, config: DecodeConfig) -> None:
@@ -133,56 +125,12 @@ def check(model: Model, config: DecodeConfig) -> None:
         raise UserError(f"all {model.vocabulary} tokens are banned or end tokens; expected one to continue with")
 
 
-def sample(
-    model: Model,
-    config: DecodeConfig,
-    params: Params,
-    adaptation: Adaptation,
-    tokens: Array,
-    lengths: Array,
-    key: Array | None,
-) -> Array:
-    """New tokens [B N] for prompts tokens [B T], drawn at random or, without `do_sample`, the most probable ones.
+class Text(NamedTuple):
+    """What sampling knows of each row after some steps."""
 
-    Draws take keys folded from (key, step, row): a row's text depends on its prompt and index, not on its neighbours.
-    """
-    if config.do_sample and key is None:
-        raise UserError("do_sample=True needs a key; expected one from jax.random.key(seed)")
-    rows, N = tokens.shape[0], config.max_new_tokens
-    kept = min(config.top_k, model.vocabulary) or model.vocabulary
-    logits, cache = prefill(model, config, params, adaptation, tokens, lengths)
-    read = starts(model, tokens, lengths)
-
-    def choose(step, new, logits):
-        logits = forbid_repeats(config, forbid(config, logits, step), *read, new, step)
-        if not config.do_sample:
-            return logits.argmax(1).astype(jnp.int32)
-        # Sorted, so that the lower index comes first among equals: top_k=1 is greedy exactly.
-        logits, ids = jax.lax.top_k(logits / config.temperature, kept)
-        if config.top_p < 1:
-            probability = jax.nn.softmax(logits)
-            more_probable = probability.cumsum(1) - probability
-            logits = jnp.where(more_probable < config.top_p, logits, -jnp.inf)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), jnp.arange(rows))
-        ranks = jax.vmap(jax.random.categorical)(keys, logits)
-        return jnp.take_along_axis(ids, ranks[:, None], 1)[:, 0]
-
-    def extend(step, new, done, logits):
-        token = jnp.where(done, config.pad_token, choose(step, new, logits))
-        return step + 1, new.at[:, step].set(token), done | is_end(config, token)
-
-    def unfinished(state):
-        step, _, done, _ = state
-        return (step < N) & ~done.all()
-
-    def body(state):
-        step, new, done, cache = state
-        logits, cache = model.decode(params, adaptation, cache, new[:, step - 1][:, None])
-        return *extend(step, new, done, logits[:, 0]), cache
-
-    empty = jnp.full((rows, N), config.pad_token, jnp.int32)
-    first = extend(jnp.int32(0), empty, jnp.zeros(rows, bool), logits)
-    return jax.lax.while_loop(unfinished, body, (*first, cache))[1]
+    new: Array  # int32 [B N]
+    step: Array  # int32 [B] how many of those are chosen
+    ended: Array  # bool [B]
 
 
 class Beams(NamedTuple):
@@ -194,77 +142,190 @@ class Beams(NamedTuple):
     finished: Array  # int32 [B W N]
     finished_scores: Array  # [B W] divided by length ** length_penalty
     improvable: Array  # bool [B] whether a finished hypothesis may still be replaced
+    step: Array  # int32 [B] how many tokens the running ones have
 
 
-def beam_search(
-    model: Model, config: DecodeConfig, params: Params, adaptation: Adaptation, tokens: Array, lengths: Array
-) -> tuple[Array, Array]:
-    """The best hypothesis [B N] for prompts tokens [B T], and its score [B], normalised as the config says."""
-    (B, T), W, N = tokens.shape, config.num_beams, config.max_new_tokens
+class Running(NamedTuple):
+    """Rows that are being continued, each at a step of its own."""
+
+    text: Text | Beams
+    cache: Cache
+    tokens: Array  # int32 [B T] what is continued
+    lengths: Array  # int32 [B]
+    ids: Array  # int32 [B] the number of each row's prompt; -1 is a row that only fills the batch
+
+
+def search(
+    model: Model,
+    config: DecodeConfig,
+    params: Params,
+    adaptation: Adaptation,
+    tokens: Array,
+    lengths: Array,
+    key: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """The new tokens [B N] for prompts tokens [B T] and, of beam search, their normalised scores [B]."""
+    ids = jnp.arange(len(tokens))
+    rows = opened(config, read(model, config, params, adaptation, tokens, lengths, ids, key))
+    return result(config, until_done(model, config, params, adaptation, rows, key, len(ids)))
+
+
+def read(
+    model: Model,
+    config: DecodeConfig,
+    params: Params,
+    adaptation: Adaptation,
+    tokens: Array,
+    lengths: Array,
+    ids: Array,
+    key: Array | None,
+) -> Running:
+    """Prompts [B T] after their first new token, in a cache that has no room for more: see `opened`."""
+    if config.do_sample and key is None:
+        raise UserError("do_sample=True needs a key; expected one from jax.random.key(seed)")
+    B, W, N = len(tokens), config.num_beams, config.max_new_tokens
     logits, cache = prefill(model, config, params, adaptation, tokens, lengths)
     tokens, lengths = starts(model, tokens, lengths)
-    T = tokens.shape[1]
-    logits, cache = jnp.repeat(logits, W, axis=0), repeat_written(cache, W)
-    # Computed once, so that equal lengths divide by equal numbers: an ulp apart, ties would be decided by chance.
-    powers = jnp.asarray(np.maximum(np.arange(T + N + 1), 1) ** config.length_penalty, jnp.float32)
-    empty, none = jnp.full((B, W, N), config.pad_token, jnp.int32), jnp.full((B, W), -jnp.inf)
-    start = Beams(
-        running=empty,
-        running_scores=none.at[:, 0].set(0.0),  # all hypotheses are still the same, so only one may be continued
-        parents=jnp.zeros((B, W), jnp.int32),
-        finished=empty,
-        finished_scores=none,
-        improvable=jnp.ones(B, bool),
-    )
+    none = jnp.zeros(B, jnp.int32)
+    if W == 1:
+        text = Text(jnp.full((B, N), config.pad_token, jnp.int32), none, jnp.zeros(B, bool))
+    else:
+        logits = jnp.repeat(logits, W, axis=0)
+        empty, worst = jnp.full((B, W, N), config.pad_token, jnp.int32), jnp.full((B, W), -jnp.inf)
+        text = Beams(
+            running=empty,
+            running_scores=worst.at[:, 0].set(0.0),  # all hypotheses are still the same, so only one may be continued
+            parents=jnp.zeros((B, W), jnp.int32),
+            finished=empty,
+            finished_scores=worst,
+            improvable=jnp.ones(B, bool),
+            step=none,
+        )
+    return extended(config, Running(text, cache, tokens, lengths, ids), logits, key)
 
-    def unfinished(state):
-        step, beams, _ = state
-        return (step < N) & beams.improvable.any()
 
-    def body(state):
-        step, beams, cache = state
-        logits, cache = model.decode(params, adaptation, reorder(cache, beams.parents), beams.running[:, :, step - 1])
-        logits = logits.reshape(B * W, -1)
-        return step + 1, extend_beams(config, powers, beams, tokens, lengths, logits, step), cache
+def opened(config: DecodeConfig, rows: Running) -> Running:
+    """What `read` gave, with room for all that will be written, by every beam."""
 
-    first = extend_beams(config, powers, start, tokens, lengths, logits, jnp.int32(0))
-    _, beams, _ = jax.lax.while_loop(unfinished, body, (jnp.int32(1), first, cache))
-    finished, scores = beams.finished, beams.finished_scores
+    def room(x: Array) -> Array:
+        axis, written = x.ndim - 4, x.shape[-2]
+        x = jnp.repeat(x, config.num_beams, axis=axis)
+        empty = jnp.zeros((*x.shape[:-2], config.max_new_tokens, x.shape[-1]), x.dtype)
+        return empty.at[..., :written, :].set(x)
+
+    cache = rows.cache
+    slot = jnp.int32((cache.k[0].shape[-2] if cache.k else 0) % config.max_new_tokens)
+    k, v = jax.tree.map(room, (cache.k, cache.v))
+    return rows._replace(cache=cache.replace(k=k, v=v, slot=slot))
+
+
+def until_done(
+    model: Model,
+    config: DecodeConfig,
+    params: Params,
+    adaptation: Adaptation,
+    rows: Running,
+    key: Array | None,
+    enough: Array | int,
+) -> Running:
+    """The rows after as many steps as it takes until `enough` of them are done."""
+
+    def body(rows: Running) -> Running:
+        cache, text = rows.cache, rows.text
+        last = text.step - 1
+        if isinstance(text, Text):
+            fed = jnp.take_along_axis(text.new, last[:, None], axis=1)
+        else:
+            cache = reorder(cache, text.parents)
+            fed = jnp.take_along_axis(text.running, last[:, None, None], axis=2)[:, :, 0]
+        logits, cache = model.decode(params, adaptation, cache, fed)
+        return extended(config, rows._replace(cache=cache), logits.reshape(fed.size, -1), key)
+
+    return jax.lax.while_loop(lambda rows: done(config, rows).sum() < enough, body, rows)
+
+
+def done(config: DecodeConfig, rows: Running) -> Array:
+    """Which rows need no further token, bool [B]."""
+    text = rows.text
+    ended = text.ended if isinstance(text, Text) else ~text.improvable
+    return ended | (text.step == config.max_new_tokens) | (rows.ids < 0)
+
+
+def result(config: DecodeConfig, rows: Running) -> tuple[Array, Array | None]:
+    """What was written [B N] where a row is done, and its score [B], which only beam search has."""
+    text = rows.text
+    if isinstance(text, Text):
+        return text.new, None
+    finished, scores = text.finished, text.finished_scores
     if config.normalise == "full":
         # transformers 3.2 took what the maximum length cut off as hypotheses last, and only where there was hope.
-        cut = jnp.where(beams.improvable[:, None], beams.running_scores / powers[lengths + N][:, None], -jnp.inf)
-        finished, scores = best_of(beams, beams.running, cut)
+        power = powers(config, rows)[rows.lengths + config.max_new_tokens][:, None]
+        cut = jnp.where(text.improvable[:, None], text.running_scores / power, -jnp.inf)
+        finished, scores = best_of(text, text.running, cut)
     return finished[:, 0], scores[:, 0]
 
 
-def extend_beams(
-    config: DecodeConfig, powers: Array, beams: Beams, tokens: Array, lengths: Array, logits: Array, step: Array
-) -> Beams:
-    """One step of beam search for prompts tokens [B T] of lengths [B], from logits [B*W V] after `step` new tokens.
+def new_lengths(config: DecodeConfig, new: Array) -> Array:
+    """How many of the new tokens [B N] count, the end token included, [B]."""
+    ended = is_end(config, new)
+    return jnp.where(ended.any(1), ended.argmax(1) + 1, config.max_new_tokens)
 
-    A hypothesis of n tokens is worth its log-probability / powers[n].
+
+def extended(config: DecodeConfig, rows: Running, logits: Array, key: Array | None) -> Running:
+    """The rows with one token more, or W hypotheses that have one more, by logits [B*W V]; who is done stays so."""
+    before, waits = rows.text, done(config, rows)
+    text = sampled(config, rows, logits, key) if isinstance(before, Text) else searched(config, rows, logits)
+    keep = lambda old, new: jnp.where(waits.reshape(-1, *[1] * (old.ndim - 1)), old, new)  # noqa: E731
+    return rows._replace(text=jax.tree.map(keep, before, text))
+
+
+def sampled(config: DecodeConfig, rows: Running, logits: Array, key: Array | None) -> Text:
+    """One token more, drawn at random or, without `do_sample`, the most probable one.
+
+    Draws take keys folded from (key, step, id): a row's text depends on its prompt and number, not on its neighbours.
     """
+    new, step, _ = rows.text
+    logits = forbid_repeats(config, forbid(config, logits, step), rows.tokens, rows.lengths, new, step)
+    if config.do_sample:
+        # Sorted, so that the lower index comes first among equals: top_k=1 is greedy exactly.
+        kept = min(config.top_k, logits.shape[1]) or logits.shape[1]
+        logits, tokens = jax.lax.top_k(logits / config.temperature, kept)
+        if config.top_p < 1:
+            probability = jax.nn.softmax(logits)
+            more_probable = probability.cumsum(1) - probability
+            logits = jnp.where(more_probable < config.top_p, logits, -jnp.inf)
+        keys = jax.vmap(lambda step, number: jax.random.fold_in(jax.random.fold_in(key, step), number))(step, rows.ids)
+        ranks = jax.vmap(jax.random.categorical)(keys, logits)
+        token = jnp.take_along_axis(tokens, ranks[:, None], 1)[:, 0]
+    else:
+        token = logits.argmax(1).astype(jnp.int32)
+    return Text(placed_at(new, step, token), step + 1, is_end(config, token))
+
+
+def searched(config: DecodeConfig, rows: Running, logits: Array) -> Beams:
+    """One step of beam search.  A hypothesis of n tokens is worth its log-probability / n ** length_penalty."""
+    beams, power = rows.text, powers(config, rows)
     B, W, N = beams.running.shape
-    V = logits.shape[1]
-    log_probabilities = forbid(config, jax.nn.log_softmax(logits), step)
-    read = jnp.repeat(tokens, W, axis=0), jnp.repeat(lengths, W)
-    log_probabilities = forbid_repeats(config, log_probabilities, *read, beams.running.reshape(B * W, N), step)
-    log_probabilities = log_probabilities.reshape(B, W, V)
+    V, step = logits.shape[1], beams.step
+    steps = jnp.repeat(step, W)
+    log_probabilities = forbid(config, jax.nn.log_softmax(logits), steps)
+    said = jnp.repeat(rows.tokens, W, axis=0), jnp.repeat(rows.lengths, W), beams.running.reshape(B * W, N)
+    log_probabilities = forbid_repeats(config, log_probabilities, *said, steps).reshape(B, W, V)
     totals = beams.running_scores[:, :, None] + log_probabilities
     # Every hypothesis may end in as many ways as there are end tokens, and W candidates that do not must remain.
     kept = W * (1 + len(config.end_tokens))
     scores, flat = jax.lax.top_k(totals.reshape(B, W * V), kept)
     parents, token = flat // V, flat % V
-    hypotheses = pick(beams.running, parents).at[:, :, step].set(token)
+    hypotheses = placed_at(pick(beams.running, parents), step[:, None], token)
 
     ended = is_end(config, token)
     running_scores, survivors = jax.lax.top_k(jnp.where(ended, -jnp.inf, scores), W)
 
     if config.normalise == "full":
         # As in transformers 3.2 the end token is not counted, and the best candidate sets the hope even if it ended.
-        finishes, power, hope = ended, powers[lengths + step][:, None], scores[:, :1]
+        finishes, power, hope = ended, power[rows.lengths + step][:, None], scores[:, :1]
     else:
-        finishes, power, hope = ended | (step + 1 == N), powers[step + 1], running_scores[:, :1]
+        finishes, power, hope = ended | (step + 1 == N)[:, None], power[step + 1][:, None], running_scores[:, :1]
     # Candidates ranked after W are there to be continued; one that ends is no hypothesis.
     finishes &= (jnp.arange(kept) < W) & beams.improvable[:, None]
     finished, finished_scores = best_of(beams, hypotheses, jnp.where(finishes, scores / power, -jnp.inf))
@@ -278,7 +339,22 @@ def extend_beams(
         finished=finished,
         finished_scores=finished_scores,
         improvable=beams.improvable & (missing if config.early_stopping else missing | better),
+        step=step + 1,
     )
+
+
+def powers(config: DecodeConfig, rows: Running) -> Array:
+    """n ** length_penalty for every length n that can be.
+
+    Computed once, so that equal lengths divide by equal numbers: an ulp apart, ties would be decided by chance.
+    """
+    lengths = np.arange(rows.tokens.shape[1] + config.max_new_tokens + 1)
+    return jnp.asarray(np.maximum(lengths, 1) ** config.length_penalty, jnp.float32)
+
+
+def placed_at(x: Array, step: Array, token: Array) -> Array:
+    """x [... N] with token [...] at index step [...]."""
+    return jnp.where(jnp.arange(x.shape[-1]) == step[..., None], token[..., None], x)
 
 
 def best_of(beams: Beams, hypotheses: Array, scores: Array) -> tuple[Array, Array]:
@@ -291,7 +367,7 @@ def best_of(beams: Beams, hypotheses: Array, scores: Array) -> tuple[Array, Arra
 def prefill(
     model: Model, config: DecodeConfig, params: Params, adaptation: Adaptation, tokens: Array, lengths: Array
 ) -> tuple[Array, Cache]:
-    """Reads the prompts [B T] once; raises `UserError` if they leave too few positions for the new tokens."""
+    """Reads prompts [B T], without room to write yet; raises `UserError` if they leave too few positions for that."""
     prefix = nn.taken(adaptation, model)
     length, new = tokens.shape[1], config.max_new_tokens
     apart = model.is_encoder_decoder
@@ -303,13 +379,13 @@ def prefill(
         raise UserError(
             f"{sizes} {longest} positions; expected at most {model.max_positions}, which is what the model knows"
         )
-    return model.prefill(params, adaptation, tokens, lengths, new)
+    return model.prefill(params, adaptation, tokens, lengths, int(apart))
 
 
 def forbid(config: DecodeConfig, scores: Array, step: Array) -> Array:
-    """Scores [... V] with -inf at banned tokens and, in the first `min_new_tokens` steps, at end tokens."""
+    """Scores [R V] with -inf at banned tokens and, in the first `min_new_tokens` of steps [R], at end tokens."""
     tokens = jnp.arange(scores.shape[-1])
-    early = is_end(config, tokens) & (step < config.min_new_tokens)
+    early = is_end(config, tokens) & (step < config.min_new_tokens)[:, None]
     return jnp.where(early | is_one_of(tokens, config.banned), -jnp.inf, scores)
 
 
@@ -323,7 +399,7 @@ def starts(model: Model, tokens: Array, lengths: Array) -> tuple[Array, Array]:
 def forbid_repeats(
     config: DecodeConfig, scores: Array, tokens: Array, lengths: Array, new: Array, step: Array
 ) -> Array:
-    """Scores [B V] with -inf at tokens that would end an n-gram which tokens [B T] and new [B N] already hold."""
+    """Scores [R V] with -inf at tokens that would end an n-gram which tokens [R T] and new [R N] hold at steps [R]."""
     n = config.no_repeat_ngram
     if not n:
         return scores
@@ -355,12 +431,6 @@ def is_one_of(tokens: Array, choices: tuple[int, ...]) -> Array:
 def pick(x: Array, index: Array) -> Array:
     """x[b, index[b, w]] for x [B A ...] and index [B W]: [B W ...]."""
     return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
-
-
-def repeat_written(cache: Cache, beams: int) -> Cache:
-    """A cache of what B rows have written as one of B*W, row b W times in succession."""
-    k, v = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=x.ndim - 4), (cache.k, cache.v))
-    return cache.replace(k=k, v=v)
 
 
 def reorder(cache: Cache, parents: Array) -> Cache:

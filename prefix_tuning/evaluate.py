@@ -9,10 +9,11 @@ import numpy as np
 
 from prefix_tuning import hosts, metrics
 from prefix_tuning.data import pipeline, tasks
-from prefix_tuning.decode import make_generate, ready
+from prefix_tuning.decode import ready
 from prefix_tuning.errors import UserError
 from prefix_tuning.parallel import Layout
 from prefix_tuning.setup import Base, Run, Split
+from prefix_tuning.stream import make_stream
 from prefix_tuning.types import Adaptation, Batch, Params
 
 SHAPES = 4  # padded lengths that batches of what is chosen may have
@@ -56,7 +57,7 @@ def make_chooser(base: Base, batch_size: int, check: Callable) -> Write:
 
 def make_generator(base: Base, batch_size: int, check: Callable) -> Write:
     """Answers that are written."""
-    generate = make_generate(base.model, base.decode, jit=base.layout.jit)
+    stream = make_stream(base.model, base.decode, base.layout)
     longest = base.model.max_positions
     if longest is not None:
         written = 0 if base.model.is_encoder_decoder else base.decode.max_new_tokens
@@ -66,14 +67,11 @@ def make_generator(base: Base, batch_size: int, check: Callable) -> Write:
         texts: dict[int, str] = {}
         params = ready(params, base.model)
         batches = pipeline.prompt_batches(prompts, batch_size=batch_size, multiple=MULTIPLE, longest=longest)
-        for number, (indices, tokens, lengths) in hosts.shared_out(batches, check, apart=base.layout.apart):
-            key = jax.random.fold_in(jax.random.key(seed), number)
-            rows = base.layout.split_rows(tokens), base.layout.split_rows(lengths)
-            new, new_lengths = jax.device_get(generate(params, adaptation, *rows, key))
-            for b, i in enumerate(indices):
-                if i >= 0:
-                    text = base.tokenizer.decode(new[b, : new_lengths[b]], skip_special_tokens=True)
-                    texts[int(i)] = text.strip()
+        own = (batch for _, batch in hosts.shared_out(batches, check, apart=base.layout.apart))
+        for written in stream(params, adaptation, own, jax.random.key(seed)):
+            for number, new, length in zip(*written, strict=True):
+                if number >= 0:
+                    texts[int(number)] = base.tokenizer.decode(new[:length], skip_special_tokens=True).strip()
         everyone = hosts.gather(list(texts.items())) if base.layout.apart else [texts.items()]
         found = {number: text for one in everyone for number, text in one}
         return [found[i] for i in range(len(prompts))]

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.types import KV, Adaptation, LayerHooks, Layers, Model, Params, Sites, parts
+from prefix_tuning.types import KV, Adaptation, Cache, LayerHooks, Layers, Model, Params, Quantised, Sites, parts
 
 ACTIVATIONS = {
     # Computed again for its derivative: cheaper than keeping what autodiff wants, three arrays as wide as the MLP.
@@ -51,10 +52,38 @@ def gate(activation: Callable[[Array], Array], gates: Array, x: Array) -> Array:
 
 def project(x: Array, weights: Params, hooks: LayerHooks, site: str, axes: int = 1) -> Array:
     """Contracts the last `axes` axes of x [B T in...] with the first of the kernel's, [in... out...], as hooked."""
-    y = jnp.tensordot(x, weights["kernel"], axes)
+    kernel = weights["kernel"]
+    if isinstance(kernel, Quantised):
+        y = (jnp.tensordot(x, floats(kernel.values, x), axes) * kernel.scale).astype(x.dtype)
+    else:
+        y = jnp.tensordot(x, kernel, axes)
     if "bias" in weights:
         y = y + weights["bias"]
     return change(y, x, hooks, site, axes)
+
+
+def floats(values: Array, x: Array) -> Array:
+    """8-bit values of a weight in x's dtype, which XLA cannot make before it has x [...].
+
+    Out of a loop over steps it would take the conversion, and hold every layer as floats; barriers are gone by then.
+    """
+    first = x.ravel()[0]
+    never = (first != first) & (first < jnp.inf)  # not a number, and yet below one; XLA does not know
+    return (values + never.astype(values.dtype)).astype(x.dtype)
+
+
+def lookup(table: Array | Quantised, tokens: Array) -> Array:
+    """The rows [... D] of a table [V D] of embeddings."""
+    if isinstance(table, Quantised):
+        return (table.values[tokens] * table.scale[tokens][..., None]).astype(table.dtype)
+    return table[tokens]
+
+
+def vocabulary_scores(hidden: Array, table: Array | Quantised) -> Array:
+    """The float32 products [... V] of hidden states [... D] with each row of a table [V D]."""
+    if isinstance(table, Quantised):
+        return vocabulary_scores(hidden, floats(table.values, hidden)) * table.scale
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
 def change(y: Array, x: Array, hooks: LayerHooks, site: str, axes: int = 1) -> Array:
@@ -283,6 +312,24 @@ def write(cached: KV, k: Array, v: Array, layer: Array | None, slot: Array) -> t
     return cached, slots_last(cached if layer is None else jax.tree.map(lambda x: x[layer], cached))
 
 
+def ages(cache: Cache) -> Array:
+    """How many steps ago each slot [N] of a cache was written, 0 for the one that this step writes."""
+    slots = cache.k[0].shape[-2]
+    return (cache.slot - jnp.arange(slots)) % slots
+
+
+def numbers(cache: Cache) -> Array:
+    """The number of the token in each slot [B N] within what its row writes, this step's included; below 0 for none."""
+    return cache.written[:, None] - ages(cache)
+
+
+def stepped(cache: Cache, k: tuple[Array, ...], v: tuple[Array, ...]) -> Cache:
+    """The cache after a step that wrote k and v."""
+    slots = cache.k[0].shape[-2]
+    written = jnp.minimum(cache.written + 1, slots)  # a row that has ended may wait longer than it wrote
+    return cache.replace(k=k, v=v, slot=(cache.slot + 1) % slots, written=written)
+
+
 def next_words(unembed: Callable[[Params, Array], Array], params: Params, hidden: Array) -> Array:
     """The logits [R V] of hidden states [R D] at a decoding step.
 
@@ -300,9 +347,10 @@ def slots_last(kv: KV) -> KV:
 
 
 def apart(params: Params, model: Model) -> Params:
-    """The weights with every layer of the stack that writes a part of its own, copied; what is one stays where it is.
+    """The weights with every layer of the stack that writes a part of its own; what is one stays where it is.
 
-    A loop over steps then reads each layer where it is.  Out of a stack it would copy all of them at every step.
+    A loop over steps then reads each layer where it is.  Out of a stack it would copy all of them at every step.  The
+    layers are copies, but on CPU devices, where they are `views` of the stack.
     """
     name = model.layers("decoder")
     return params | {name: tuple(layer for part in parts(params[name]) for layer in single_layers(part))}
@@ -310,14 +358,41 @@ def apart(params: Params, model: Model) -> Params:
 
 def single_layers(part: Params) -> list[Params]:
     """The layers of a part [L ...], each [1 ...]."""
-    depth = len(jax.tree.leaves(part)[0])
-    return [part] if depth == 1 else [layer_at(part, number) for number in range(depth)]
+    leaves, tree = jax.tree.flatten(part)
+    depth = len(leaves[0])
+    if depth == 1:
+        return [part]
+    if all(map(on_cpu, leaves)):
+        return [jax.tree.unflatten(tree, layer) for layer in zip(*map(views, leaves), strict=True)]
+    return [layer_at(part, number) for number in range(depth)]
 
 
 @jax.jit
 def layer_at(part: Params, number: int) -> Params:
     """One layer [1 ...] of a part [L ...]; compiled once for all numbers."""
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1), part)
+
+
+def on_cpu(x: Any) -> bool:
+    """Whether an array lies on CPU devices."""
+    return isinstance(x, Array) and all(device.platform == "cpu" for device in x.devices())
+
+
+def views(x: Array) -> list[Array]:
+    """The layers [1 ...] of an array [L ...] on CPU devices, which share its memory.
+
+    One whose bytes are no multiple of 64 is copied, since XLA's arrays begin at those; as a rule only vectors are.
+    """
+    if not x.committed:
+        host = np.asarray(x)
+        return [jax.device_put(host[number : number + 1]) for number in range(len(host))]
+    shards = [(np.asarray(shard.data), shard.device) for shard in x.addressable_shards]
+
+    def layer(number: int) -> Array:
+        own = [jax.device_put(host[number : number + 1], device) for host, device in shards]
+        return jax.make_array_from_single_device_arrays((1, *x.shape[1:]), x.sharding, own)
+
+    return [layer(number) for number in range(len(x))]
 
 
 class Attention(NamedTuple):

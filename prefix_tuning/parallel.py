@@ -112,11 +112,16 @@ class Replicated:
 
     axis = AXIS
     apart = True  # each process has the model, and computes by itself what needs no sum over all rows
-    where = None  # weights are read on the host, and placed from there
+    refills = True  # so does each device, and need not wait for others when a row is done
     place = staticmethod(place)
     split_rows = staticmethod(split_rows)
     split_batch = staticmethod(split_batch)
     eval_step = staticmethod(eval_step)
+
+    def where(self, spec: Spec) -> NamedSharding:
+        """Where a weight lies."""
+        del spec  # they are all alike
+        return NamedSharding(mesh(), WHOLE)
 
     def check_rows(self, rows: int, accumulate: int = 1, *, own: bool = False) -> None:
         """Raises `UserError` unless `rows` can be split evenly over micro-batches and the devices of all processes.
@@ -143,6 +148,29 @@ class Replicated:
         """A compiled function (params, adaptation, rows ...) -> what one can read; options are `jax.jit`'s."""
         return jax.jit(function, **options)
 
+    def rows(self, array: np.ndarray) -> jax.Array:
+        """An array [B ...], of which each device has its part, for what `each` makes."""
+        return split_rows(array.reshape(jax.local_device_count(), -1, *array.shape[1:]))
+
+    def each(self, function: Callable, **options: Any) -> Callable:
+        """A compiled function (params, adaptation, key, trees of rows ...) -> a tree of rows, that each device computes
+        for itself with loops of its own; options are `jax.jit`'s."""
+
+        def own(params: Any, adaptation: Any, key: Any, *rows: Any) -> Any:
+            found = function(params, adaptation, key, *jax.tree.map(lambda x: x[0], rows))
+            return jax.tree.map(lambda x: x[None], found)
+
+        def on_all(params: Any, adaptation: Any, key: Any, *rows: Any) -> Any:
+            specs = WHOLE, WHOLE, WHOLE, *[PartitionSpec(AXIS)] * len(rows)
+            split = jax.shard_map(own, mesh=mesh(), in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False)
+            return split(params, adaptation, key, *rows)
+
+        return jax.jit(on_all, **options)
+
+    def read(self, rows: Any) -> Any:
+        """A tree of rows that `each` gave as arrays [B ...] on the host."""
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(rows))
+
     def held(self, tree: Any) -> int:
         """The bytes of a tree, of arrays or shapes, on each device."""
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -154,6 +182,7 @@ class Sharded:
 
     axis = None
     apart = False
+    refills = False
 
     def __init__(self, specs: Params, data: int, model: int):
         """For the weights that `specs` describe, on data x model devices."""
@@ -225,6 +254,18 @@ class Sharded:
     def jit(self, function: Callable, **options: Any) -> Callable:
         """As for `Replicated`; every process can read what comes out."""
         return jax.jit(self.told(function), out_shardings=self.on(WHOLE), **options)
+
+    def rows(self, array: np.ndarray) -> jax.Array:
+        """As for `Replicated`."""
+        return self.split_rows(array)
+
+    def each(self, function: Callable, **options: Any) -> Callable:
+        """As for `Replicated`, but computed by all devices together; what comes out stays where it is made."""
+        return jax.jit(self.told(function), **options)
+
+    def read(self, rows: Any) -> Any:
+        """As for `Replicated`."""
+        return jax.device_get(jax.jit(lambda x: x, out_shardings=self.on(WHOLE))(rows))
 
     def told(self, function: Callable) -> Callable:
         """The function, which knows this mesh while it is traced; `nn.spread` asks for it."""

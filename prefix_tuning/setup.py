@@ -28,7 +28,7 @@ OPTIONAL = ("decode", "parallel", "mesh")  # not in every config
 SECTIONS = ("seed", "model", "dataset", "text", "method", "objective", "optimizer", "train", "evaluation", *OPTIONAL)
 # What `abstract_trainable` has found, by the method's `init` and the model's `hidden`.
 TRAINABLE: weakref.WeakKeyDictionary[Callable, dict[Callable, Params]] = weakref.WeakKeyDictionary()
-MODEL = {"dtype": "float32", "scan": True, "remat": False}  # what the section `model` need not say
+MODEL = {"dtype": "float32", "scan": True, "remat": False, "weights": "full"}  # what the section `model` need not say
 
 
 class Train(NamedTuple):
@@ -108,6 +108,7 @@ def make_base(config: dict[str, Any]) -> Base:
     if unknown or missing:
         raise UserError(f"config has unknown sections {unknown} and lacks {missing}; expected {', '.join(SECTIONS)}")
     valid("model.dtype", config["model"].get("dtype", MODEL["dtype"]), loading.DTYPES)
+    weights = valid("model.weights", config["model"].get("weights", MODEL["weights"]), loading.WEIGHTS)
     folder = loading.find_folder(resolve(config["model"]["name"]))
     # Unrolled layers take longer to compile and, on a CPU, less time to train: a loop copies what its derivative needs.
     # Rematerialised ones are computed twice, and of the first time only their inputs are kept.
@@ -142,6 +143,8 @@ def make_base(config: dict[str, Any]) -> Base:
             "objective 'choice' reads several texts in a row, and an encoder's prompt belongs to one; "
             "valid: method.name='ptuning' with a template, or a prefix"
         )
+    if weights == "int8":
+        check_int8(config, method, model)
     bare = method
     if objective.head is not None:
         method = with_head(method, objective.head)
@@ -158,6 +161,28 @@ def make_base(config: dict[str, Any]) -> Base:
         prefix_length=nn.taken(abstract_adaptation(method, model), model),
         layout=parallel.make(model.specs, config.get("parallel", "replicated"), config.get("mesh")),
     )
+
+
+def check_int8(config: dict[str, Any], method: Method, model: Model) -> None:
+    """Raises `UserError` for what matrices in 8 bits are not made for: shards, and methods that train them."""
+    if config.get("parallel", "replicated") != "replicated":
+        raise UserError("model.weights='int8' cannot be split over devices; expected parallel='replicated'")
+    changed: list[str] = []
+
+    def bind(frozen: Params, trainable: Params) -> None:
+        kept = set(map(id, jax.tree.leaves(method.bind(frozen, trainable)[0])))
+        for path, spec in loading.paths(model.specs):
+            leaf = loading.flatten({path[0]: frozen[path[0]]})[path]
+            if loading.contracted(path, spec) is not None and id(leaf) not in kept:
+                changed.append("/".join(path))
+
+    jax.eval_shape(bind, abstract_frozen(method, model), abstract_trainable(method, model))
+    if changed:
+        raise UserError(
+            f"method {config['method']['name']!r} trains weights that model.weights='int8' freezes in 8 bits "
+            f"({', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}); expected model.weights='full', or a "
+            "method that adds to them, such as prefix or lora"
+        )
 
 
 def usual(config: dict[str, Any]) -> dict[str, Any]:
@@ -185,18 +210,22 @@ def make_text(section: dict[str, Any], method: Method, model: Model) -> dict[str
 
 
 def load_weights(base: Base, config: dict[str, Any]) -> Params:
-    """The frozen weights, and what the method keeps beside them, where `read_weights` says."""
+    """The frozen weights, and what the method keeps beside them, which the layout has yet to place."""
     return prepare(base, config, read_weights(base, config))
 
 
 def read_weights(base: Base, config: dict[str, Any]) -> Params:
-    """The frozen weights alone: on the host, or straight into the shards of a layout that splits them."""
-    return loading.load_weights(base.folder, base.model, config["model"].get("dtype", "float32"), base.layout.where)
+    """The frozen weights alone, where the layout has them."""
+    section = MODEL | config["model"]
+    return loading.load_weights(
+        base.folder, base.model, section["dtype"], base.layout.where, weights=section["weights"]
+    )
 
 
 def check_memory(base: Base, config: dict[str, Any], run: Run | None = None) -> None:
     """Raises `UserError` for weights and, with a run, its state that are more than a device's memory."""
-    frozen = abstract_frozen(base.method, base.model, config["model"].get("dtype", "float32"))
+    section = MODEL | config["model"]
+    frozen = abstract_frozen(base.method, base.model, section["dtype"], section["weights"])
     trainable = abstract_trainable(base.method, base.model)
     parts = {"weights": frozen, "trained parameters": trainable}
     if run is not None:
@@ -324,10 +353,10 @@ def make_decode(section: dict[str, Any], tokenizer: Any, folder: Path) -> Decode
     return call("decode", DecodeConfig, options)
 
 
-def abstract_frozen(method: Method, model: Model, dtype: str = "float32") -> Params:
+def abstract_frozen(method: Method, model: Model, dtype: str = "float32", weights: str = "full") -> Params:
     """The shapes of the weights and of what a method keeps beside them, without weights or arithmetic."""
     prepare = lambda key, frozen: method.prepare(key, model, frozen)  # noqa: E731
-    return jax.eval_shape(prepare, jax.random.key(0), loading.abstract(model, dtype))
+    return jax.eval_shape(prepare, jax.random.key(0), loading.abstract(model, dtype, weights))
 
 
 def abstract_trainable(method: Method, model: Model) -> Params:

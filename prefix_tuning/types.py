@@ -20,10 +20,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-Params = dict[str, Any]  # nested dicts of arrays; leaves under "layers" and "encoder_layers" lead with L
+# Nested dicts of arrays, matrices perhaps `Quantised`; leaves under "layers" and "encoder_layers" lead with L.
+Params = dict[str, Any]
 STACKS = ("layers", "encoder_layers")
 # The weights of a stack, or parts of it from below, each of which leads with its own number of layers.
 Layers = Params | tuple[Params, ...]
+
+
+@flax.struct.dataclass
+class Quantised:
+    """A frozen matrix in 8 bits, values * scale: symmetric, each output channel by its largest absolute value."""
+
+    values: Array  # int8, [L in... out...] or, of a table of embeddings, [V D]
+    scale: Array  # float32, [L out...] or [V]
+    dtype: str = flax.struct.field(pytree_node=False, default="float32")  # of what is computed with it
 
 
 @flax.struct.dataclass
@@ -38,7 +48,8 @@ class KV:
     share: Array | None = None  # [B T], only inside a layer: a `Gate`'s value, which scales scores and values
     # In the decoder of an encoder-decoder: slots take the first positions and so move those of its tokens, as in PEFT
     placed: bool = flax.struct.field(pytree_node=False, default=False)
-    bias: Array | None = None  # [K G T P], only inside a layer: what relative positions add to scores of placed slots
+    # [K G T P] or [B K G T P], only inside a layer: what relative positions add to scores of placed slots
+    bias: Array | None = None
 
 
 @flax.struct.dataclass
@@ -136,13 +147,15 @@ class Cache:
     """Keys and values of what decoding attends to: of each prompt once, and of what each of its W beams has written.
 
     Beams stand as queries side by side, [B W], which do not see each other, so that what they share is never repeated.
-    Heads come before slots, as products over slots want them: transposed once, not at every step.
+    Heads come before slots, as products over slots want them: transposed once, not at every step.  Of N slots all rows
+    write the same one, around and around; what a row wrote lies in those before it, so that rows may begin at any time.
     """
 
-    # [L B*W K N H] of the tokens written so far, in the parts that the weights lie in, without L where that is 1
+    # [L B*W K N H] of the last tokens written, in the parts that the weights lie in, without L where that is 1
     k: tuple[Array, ...]
     v: tuple[Array, ...]
-    step: Array  # int32 [] how many those are: the next slot to write, the same for all
+    slot: Array  # int32 [] the next one to write
+    written: Array  # int32 [B] how many tokens each row has written, at most N
     position: Array  # int32 [B] the position of the first token that is written, before `Adaptation.shift`
     # [L B K S H], in those parts, of the prompts' tokens, of which `position` are real, or of what an encoder read
     read: tuple[KV, ...]
@@ -198,7 +211,7 @@ class Model(NamedTuple):
     hidden: Callable[[Params, Adaptation, Batch], Array]  # -> [B T D], normalised, ready for `unembed`
     unembed: Callable[[Params, Array], Array]  # (params, hidden [... D]) -> float32 logits [... V]
     # (params, adaptation, tokens [B T], lengths [B], N) -> [B V], cache with room for N tokens that are written; to an
-    # encoder-decoder the tokens are the source, and its start token is the first of the N
+    # encoder-decoder the tokens are the source, and its start token is the first of the N, at least one
     prefill: Callable[..., tuple[Array, Cache]]
     decode: Callable[..., tuple[Array, Cache]]  # (params, adaptation, cache, tokens [B W]) -> [B W V], cache
     # -> stack -> site -> what attention does there; see models/decoder.py

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from prefix_tuning import decode, models
+from prefix_tuning import decode, models, nn
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import loading
@@ -252,13 +252,29 @@ def test_layers_that_lie_apart_write_the_same(twins, family, beams):
 
 def test_layers_stay_together_where_memory_has_no_room(twins, monkeypatch):
     twin = twins("llama")
+    monkeypatch.setattr(nn, "on_cpu", lambda _: False)  # where layers are copied
     size = sum(x.nbytes for x in jax.tree.leaves(twin.params["layers"]))
     for free, parts in ((2 * size - 1, 1), (2 * size, twin.model.sites["decoder"].layers), (None, 3)):
         monkeypatch.setattr(decode, "free_memory", lambda free=free: free)
         layers = decode.ready(twin.params, twin.model)["layers"]
         assert (len(layers) if isinstance(layers, tuple) else 1) == parts
-    monkeypatch.undo()
-    assert decode.free_memory() > 0
+
+
+def test_layers_on_a_cpu_are_no_copies(twins):
+    """Views of the stack, as far as a layer begins where an array may, and none that a donated stack would change."""
+    twin = twins("llama")
+    stack = jnp.arange(3 * 16 * 4, dtype=jnp.float32).reshape(3, 16, 4)
+    odd = jnp.arange(9.0).reshape(3, 3)
+    params = twin.params | {"layers": {"even": stack, "odd": odd}}
+    first, size = stack.unsafe_buffer_pointer(), stack.nbytes // 3
+    layers = decode.ready(params, twin.model)["layers"]
+    assert [layer["even"].unsafe_buffer_pointer() for layer in layers] == [first + n * size for n in range(3)]
+    jax.block_until_ready(jax.jit(lambda x: x + 1, donate_argnums=0)(stack))
+    for n, layer in enumerate(layers):
+        np.testing.assert_array_equal(layer["even"], np.arange(n * 64.0, (n + 1) * 64).reshape(1, 16, 4))
+        np.testing.assert_array_equal(layer["odd"], odd[n : n + 1])
+    meshed = jax.device_put(jnp.ones((3, 16)), jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.P()))
+    assert [x.sharding for x in nn.views(meshed)] == [meshed.sharding] * 3
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -323,7 +339,7 @@ def test_beam_scores_equal_rescoring(twins, log_probabilities, normalise):
     twin = twins("llama", 2)
     config = options(num_beams=4, length_penalty=0.7, normalise=normalise)
     prompts = random_prompts(twin.model.vocabulary, 2)
-    search = jax.jit(partial(decode.beam_search, twin.model, config))
+    search = jax.jit(partial(decode.search, twin.model, config))
     new, scores = search(twin.params, Adaptation(), *padded(prompts))
     lengths = set()
     for row, found, score in zip(prompts, np.asarray(new).tolist(), scores, strict=True):
@@ -342,7 +358,8 @@ def test_beam_scores_equal_rescoring(twins, log_probabilities, normalise):
 
 def table_model(vocabulary, called=lambda: None):
     def prefill(params, adaptation, tokens, lengths, slots):
-        return params[tokens[jnp.arange(len(tokens)), lengths - 1]], Cache((), (), jnp.int32(0), lengths, ())
+        cache = Cache((), (), slot=jnp.int32(0), written=jnp.zeros_like(lengths), position=lengths, read=())
+        return params[tokens[jnp.arange(len(tokens)), lengths - 1]], cache
 
     def step(params, adaptation, cache, tokens):
         jax.debug.callback(called)
@@ -357,7 +374,7 @@ def test_beam_search_by_hand():
     table = jnp.log(jnp.array([[0.3, 0.3, 0.4], [0.6, 0.1, 0.3], [1 / 3, 1 / 3, 1 / 3]]))
     tokens, lengths = np.ones((2, 20), np.int32), np.array([4, 20], np.int32)
     given = {"max_new_tokens": 2, "end_tokens": (2,), "pad_token": 0, "num_beams": 2}
-    search = jax.jit(partial(decode.beam_search, table_model(3)), static_argnums=0)
+    search = jax.jit(partial(decode.search, table_model(3)), static_argnums=0)
 
     new, scores = search(DecodeConfig(**given), table, Adaptation(), tokens, lengths)
     assert new.tolist() == [[0, 2], [0, 2]]  # log 0.24 / 2 = -0.71 beats log 0.3 / 1 = -1.20
@@ -401,7 +418,7 @@ def test_full_normalisation_equals_transformers_3_2(penalty):
     config = DecodeConfig(
         max_new_tokens=9, end_tokens=(END,), pad_token=PAD, num_beams=3, length_penalty=penalty, normalise="full"
     )
-    search = jax.jit(partial(decode.beam_search, table_model(V), config))
+    search = jax.jit(partial(decode.search, table_model(V), config))
     ended = set()
     for case in range(cases):
         table = np.random.default_rng(case).normal(size=(V, V)) * 2

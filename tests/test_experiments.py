@@ -235,20 +235,21 @@ def test_worker_waits_answers_and_says_what_it_took(tmp_path):
 def test_bench_table_says_how_much_faster_and_how_much_larger():
     rate = bench.Row(
         "greedy", "gpt2", 8, "tokens/s", {"PEFT": [9, 10, 99], "ours": [20, 1, 30]}, {"PEFT": 1000, "ours": 800}
-    )
+    )._replace(operations=[1e12, 2.2e12, 3e12])
     time = bench.Row("start", "gpt2", 8, "s", {"PEFT": [9, 10], "ours": [5, 4]}, {"PEFT": 1000, "ours": 1500}, "same")
     lines = bench.table([rate, time]).splitlines()[2:]
     assert lines == [
-        "| greedy | gpt2 | 8 | tokens/s | 10 | 20 | 2.00 | 1,000 | 800 | 0.80 |  |",
-        "| start | gpt2 | 8 | s | 9.5 | 4.5 | 2.11 | 1,000 | 1,500 | 1.50 | same |",
+        "| greedy | gpt2 | 8 | tokens/s | 10 | 20 | 2.00 | 1,000 | 800 | 0.80 | 2,200 |  |",
+        "| start | gpt2 | 8 | s | 9.5 | 4.5 | 2.11 | 1,000 | 1,500 | 1.50 |  | same |",
     ]
 
 
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--parts=train,sing", "unknown --parts sing; valid: train, greedy, beam, classify, start"),
+        ("--parts=train,sing", "unknown --parts sing; valid: train, greedy, beam, texts, classify, start"),
         ("--model=gpt5", "unknown --model gpt5; valid: smollm2, gpt2, gpt2-medium, gpt2-large, bert, quickstart"),
+        ("--parts=texts", "--parts=texts wants --adapter, the folder adapter/ of a run that trained a prefix"),
         ("--batch=8,all", "--batch has 'all'; expected sizes of at least 1, and largest"),
     ],
 )

@@ -15,7 +15,7 @@ LEVELS = (
     ("nn",),
     ("models", "methods", "objectives", "data", "metrics"),
     ("train_step", "parallel", "decode", "checkpoint", "record", "interop", "optimizer", "heads", "state"),
-    ("setup", "progress", "launch"),
+    ("setup", "stream", "progress", "launch"),
     ("population",),
     ("evaluate", "accounting", "publish"),
     ("train",),

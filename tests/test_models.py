@@ -249,7 +249,7 @@ def test_cache_is_no_cache(twin, family, prefixed):
             fed = np.array([row[n + step] for row, n in zip(rows, prompts, strict=True)])
             logits, cache = decode(frozen, adaptation, cache, fed[:, None])
             logits = logits[:, 0]
-    assert (cache.position + cache.step).tolist() == [7, 5, 6]
+    assert (cache.position + cache.written).tolist() == [7, 5, 6]
 
 
 @pytest.mark.parametrize("family", LAYERS)

@@ -501,3 +501,17 @@ def test_compiled_programs_are_kept_where_the_environment_says(monkeypatch):
     os.environ["XDG_CACHE_HOME"] = "/elsewhere"
     compiled.keep()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == folder  # what is set already goes first
+
+
+def test_commands_do_without_torch_where_it_is_installed():
+    """Which transformers would import for a tokenizer; who wants it still can."""
+    program = f"""
+import sys
+from prefix_tuning.models import loading
+assert loading.load_tokenizer(loading.find_folder({str(ROOT / "configs/quickstart_assets/model")!r})) is not None
+print("torch" in sys.modules)
+import torch
+"""
+    environment = os.environ | {loading.WITHOUT_TORCH: "1"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")

@@ -253,6 +253,20 @@ def test_weights_are_read_into_shards(made, family, tmp_path, monkeypatch):
     assert fingerprint(model, loaded) == fingerprint(model, host)
 
 
+def test_replicated_weights_are_held_once(made, tmp_path):
+    """All eight devices of this host share what was read, and placing it again copies nothing."""
+    model, host = made("llama")
+    loading.save_pretrained(tmp_path, model, host)
+    layout = parallel.Replicated()
+    loaded = loading.load_weights(tmp_path, model, "float32", layout.where)
+    placed = layout.place(loaded)
+    for array, again, whole in zip(*map(jax.tree.leaves, (loaded, placed, host)), strict=True):
+        assert len(array.addressable_shards) == 8
+        pointers = [shard.data.unsafe_buffer_pointer() for x in (array, again) for shard in x.addressable_shards]
+        assert len(set(pointers)) == 1
+        np.testing.assert_array_equal(array, whole)
+
+
 def is_spec(leaf):
     return isinstance(leaf, Spec)
 

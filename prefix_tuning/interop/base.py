@@ -11,34 +11,50 @@ from jax import Array
 from prefix_tuning import hosts
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import loading
-from prefix_tuning.types import Model, Params
+from prefix_tuning.types import Model, Params, Quantised
 
 SAMPLE = 256  # numbers of each weight that a fingerprint looks at
 KEY = "base_model"  # what an entry of a file's metadata about the base begins with
 
 
 def fingerprint(model: Model, frozen: Params) -> str | None:
-    """A number, in hexadecimal, of the frozen weights: the same in float32 and bfloat16, None in other precisions.
+    """A number, in hexadecimal, of the frozen weights: the same in float32 and bfloat16, None in float16 and int8.
 
-    It hashes the name and shape of every weight and numbers at even distances in it, rounded to bfloat16; float16 would
-    round them otherwise.  What methods and heads keep beside the weights does not count.
+    It hashes the name and shape of every weight and numbers at even distances in it, rounded to bfloat16; others
+    would round them otherwise.  What methods and heads keep beside the weights does not count.
     """
     leaves = dict(sorted(loading.flatten({name: frozen[name] for name in model.specs if name in frozen}).items()))
-    if not all(leaf.dtype in (np.float32, jnp.bfloat16) for leaf in leaves.values()):
+    if any(isinstance(leaf, Quantised) or leaf.dtype not in (np.float32, jnp.bfloat16) for leaf in leaves.values()):
         return None
     found = hashlib.sha256()
-    for (path, leaf), sample in zip(leaves.items(), hosts.fetch(samples([*leaves.values()])), strict=True):
+    whole = [readable(leaf) for leaf in leaves.values()]
+    # In numpy where the numbers can be read as they lie: a program would take longer to compile than these to read.
+    some = hosts.fetch(samples([*leaves.values()])) if any(x is None for x in whole) else list(map(sample, whole))
+    for (path, leaf), numbers in zip(leaves.items(), some, strict=True):
         found.update(f"{'/'.join(path)} {leaf.shape}".encode())
-        found.update(np.asarray(sample).astype(jnp.bfloat16).tobytes())
+        found.update(np.asarray(numbers).astype(jnp.bfloat16).tobytes())
     return found.hexdigest()[:32]
 
 
 @jax.jit  # all at once: a program for each shape would take longer to compile than the weights to load
 def samples(leaves: list[Array]) -> list[Array]:
-    """Numbers at even distances in each array, at most `SAMPLE`."""
-    picked = [np.linspace(0, leaf.size - 1, min(SAMPLE, leaf.size)).astype(np.int64) for leaf in leaves]
-    # By its own axes, so that a sharded weight stays in its shards.
-    return [leaf[np.unravel_index(n, leaf.shape)] for n, leaf in zip(picked, leaves, strict=True)]
+    """`sample` of each array."""
+    return list(map(sample, leaves))
+
+
+def sample(leaf: Any) -> Any:
+    """Numbers at even distances in an array, at most `SAMPLE`."""
+    picked = np.linspace(0, leaf.size - 1, min(SAMPLE, leaf.size)).astype(np.int64)
+    return leaf[np.unravel_index(picked, leaf.shape)]  # by its own axes, so that a sharded weight stays in its shards
+
+
+def readable(leaf: Any) -> np.ndarray | None:
+    """An array that the host can read without a copy: numpy's, or all of one that a CPU device has; None for others."""
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    if not leaf.is_fully_replicated or next(iter(leaf.devices())).platform != "cpu":
+        return None
+    return np.asarray(leaf.addressable_data(0))
 
 
 def identity(model: Model, frozen: Params | None) -> dict[str, str]:
@@ -50,6 +66,8 @@ def identity(model: Model, frozen: Params | None) -> dict[str, str]:
 
 def check(metadata: dict[str, Any], model: Model, frozen: Params | None, where: str) -> None:
     """Raises `UserError` if a file's metadata says that it belongs to another base than this; it may say nothing."""
+    if not any(key.startswith(KEY) for key in metadata):
+        return
     for key, own in identity(model, frozen).items():
         told = metadata.get(key)
         if told is not None and told != own:

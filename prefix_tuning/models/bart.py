@@ -88,7 +88,7 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
     epsilon = 1e-5
 
     def embed(params, tokens):
-        return params["embedding"][tokens] * jnp.asarray(scale, params["embedding"].dtype)
+        return nn.lookup(params["embedding"], tokens) * jnp.asarray(scale, params["embedding"].dtype)
 
     def place(params, embeddings, positions, prefix=""):
         x = embeddings + params[f"{prefix}positions"][positions + OFFSET]
@@ -120,7 +120,7 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
         return mlp(layer, hooks, combine(layer, hooks, x, attended))
 
     def unembed(params, hidden):
-        logits = jnp.einsum("...d,vd->...v", hidden, params["embedding"], preferred_element_type=jnp.float32)
+        logits = nn.vocabulary_scores(hidden, params["embedding"])
         return logits + params["logits_buffer"][0] if "logits_buffer" in params else logits
 
     def sites(stack):

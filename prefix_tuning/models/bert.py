@@ -145,7 +145,7 @@ def build(
     epsilon = config.get("layer_norm_eps", 1e-12)
 
     def embed(params, tokens):
-        return params["embedding"][tokens]
+        return nn.lookup(params["embedding"], tokens)
 
     def place(params, embeddings, positions, types):
         x = embeddings + params["positions"][positions + first_position]
@@ -176,8 +176,7 @@ def build(
         head = params["masked"]
         x = activation(nn.project(hidden, head["dense"], LayerHooks(), "masked"))
         x = nn.layer_norm(x, **head["norm"], epsilon=epsilon)
-        logits = jnp.einsum("...d,vd->...v", x, params["embedding"], preferred_element_type=jnp.float32)
-        return logits + head["bias"]
+        return nn.vocabulary_scores(x, params["embedding"]) + head["bias"]
 
     return encoder.build(
         encoder.Layer(embed, place, queries, combine),

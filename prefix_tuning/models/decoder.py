@@ -156,26 +156,27 @@ def build(
         x, (kv, before) = full(params, adaptation, tokens, positions, segments, lambda seen, _: (seen.kv, seen.before))
         k, v = nn.unwritten(params["layers"], rows, new, sites.kv["self"], kv.k.dtype)
         read = nn.in_parts(nn.slots_last(kv), params["layers"])
-        cache = Cache(k=k, v=v, step=jnp.int32(0), position=lengths, read=read, prompt=before)
+        cache = Cache(
+            k=k, v=v, slot=jnp.int32(0), written=jnp.zeros(rows, jnp.int32), position=lengths, read=read, prompt=before
+        )
         return nn.next_words(layer.unembed, params, x[jnp.arange(rows), lengths - 1]), cache
 
     def decode(params: Params, adaptation: Adaptation, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
-        step = cache.step
-        position = jnp.broadcast_to(cache.position[:, None] + step, tokens.shape)
+        position = jnp.broadcast_to((cache.position + cache.written)[:, None], tokens.shape)
         stream = start(params, adaptation, tokens, position)
-        prompt, written = jnp.arange(cache.read[0].k.shape[-2])[None], jnp.arange(cache.k[0].shape[-2])[None]
+        prompt, own = jnp.arange(cache.read[0].k.shape[-2])[None], nn.numbers(cache)
         real = (prompt < cache.position[:, None])[:, None]  # [B 1 S]
-        so_far = jnp.broadcast_to(written <= step, (*tokens.shape, written.shape[1]))
+        so_far = jnp.broadcast_to((own >= 0)[:, None], (*tokens.shape, own.shape[1]))
 
         def body(x, inputs, cached, number):
             weights, hooks, read, before = inputs
             window = weights.get("window")
             read = nn.slots_last(read).replace(mask=nn.nearby(real, position, prompt, window))
-            mask = nn.nearby(so_far, position, cache.position[:, None] + written, window)
+            mask = nn.nearby(so_far, position, cache.position[:, None] + own, window)
 
             def attention(hooks, q, k, v):
-                now, own = nn.write(cached, k, v, number, step)
-                attended = nn.attend_hooked(q, own.k, own.v, mask, hooks, "self", before=[before, read], how=how)
+                now, text = nn.write(cached, k, v, number, cache.slot)
+                attended = nn.attend_hooked(q, text.k, text.v, mask, hooks, "self", before=[before, read], how=how)
                 return attended, now
 
             return one(weights, hooks, stream._replace(x=x), attention)
@@ -183,7 +184,7 @@ def build(
         x, (k, v) = step_over_layers(body, stream.x, params, adaptation.decoder, cache)
         x = layer.norm(params, x)
         logits = nn.next_words(layer.unembed, params, x.reshape(-1, x.shape[-1]))
-        return logits.reshape(*tokens.shape, -1), cache.replace(k=k, v=v, step=step + 1)
+        return logits.reshape(*tokens.shape, -1), nn.stepped(cache, k, v)
 
     def keys_values(params: Params, tokens: Array) -> dict[str, dict[str, KV]]:
         """What each layer computes for tokens [P], by stack and site, as [L P K H]."""

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
-
 from prefix_tuning import nn
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.models import decoder
@@ -86,7 +84,7 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
     epsilon = config.get("layer_norm_epsilon", 1e-5)
 
     def embed(params, tokens):
-        return params["embedding"][tokens]
+        return nn.lookup(params["embedding"], tokens)
 
     def place(params, embeddings, positions):
         return embeddings + params["positions"][positions]
@@ -111,7 +109,7 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
         return nn.layer_norm(x, **params["norm"], epsilon=epsilon)
 
     def unembed(params, hidden):
-        return jnp.einsum("...d,vd->...v", hidden, params["embedding"], preferred_element_type=jnp.float32)
+        return nn.vocabulary_scores(hidden, params["embedding"])
 
     return decoder.build(
         decoder.Layer(embed, place, queries, combine, norm, unembed),

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
-
 from prefix_tuning import nn
 from prefix_tuning.errors import valid
 from prefix_tuning.models import decoder
@@ -77,7 +75,7 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
     parallel = config.get("use_parallel_residual", True)
 
     def embed(params, tokens):
-        return params["embedding"][tokens]
+        return nn.lookup(params["embedding"], tokens)
 
     def place(params, embeddings, positions):
         del params, positions  # keys and queries are turned instead
@@ -101,8 +99,7 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
         return nn.layer_norm(x, **params["norm"], epsilon=epsilon)
 
     def unembed(params, hidden):
-        table = params.get("unembedding", params["embedding"])
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        return nn.vocabulary_scores(hidden, params.get("unembedding", params["embedding"]))
 
     return decoder.build(
         decoder.Layer(embed, place, queries, combine, norm, unembed),

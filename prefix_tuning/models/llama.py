@@ -160,7 +160,7 @@ def build_variant(config: dict[str, Any], variant: Variant, *, scan: bool = True
         return nn.rms_norm(x, scale, epsilon)
 
     def embed(params, tokens):
-        x = params["embedding"][tokens]
+        x = nn.lookup(params["embedding"], tokens)
         return x if variant.embedding_scale is None else x * jnp.asarray(variant.embedding_scale, x.dtype)
 
     def place(params, embeddings, positions):
@@ -195,8 +195,7 @@ def build_variant(config: dict[str, Any], variant: Variant, *, scan: bool = True
 
     def unembed(params, hidden):
         table = params.get("unembedding", params["embedding"])
-        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        return nn.capped(logits, variant.logit_cap)
+        return nn.capped(nn.vocabulary_scores(hidden, table), variant.logit_cap)
 
     return decoder.build(
         decoder.Layer(embed, place, queries, combine, norm, unembed),

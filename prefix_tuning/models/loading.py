@@ -6,11 +6,13 @@ A file of llama.cpp may stand where a folder does.
 import functools
 import json
 import math
+import mmap
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import huggingface_hub
 import jax
@@ -26,10 +28,20 @@ from prefix_tuning import models
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import read_json
 from prefix_tuning.models import gguf
-from prefix_tuning.types import Model, Params, Spec
+from prefix_tuning.types import Model, Params, Quantised, Spec
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+# What safetensors calls them, and what else a file may hold.
+STORED = {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16, "F64": np.float64, "BOOL": np.bool_}
+STORED |= {
+    f"{kind[0].upper()}{bits}": np.dtype(f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+}
+WEIGHTS = ("full", "int8")  # how matrices are held: in the weights' dtype, or `Quantised`
+TABLES = ("embedding", "unembedding")
+ROWS = 4096  # of a table that are read at once to be quantised
+ALIGNED = 64  # bytes: an array that begins at a multiple of them is a CPU device's own without being copied
 Index = tuple[slice, ...]  # one slice per axis
+WITHOUT_TORCH = "PREFIX_TUNING_WITHOUT_TORCH"  # in the environment: see `hide_torch`
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # what a folder of the hub is fetched for
 
 
@@ -98,10 +110,28 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
     ):
         return None
+    if os.environ.get(WITHOUT_TORCH):
+        hide_torch()
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the file's parser does
         raise UserError(f"the tokenizer in {folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
+
+
+def hide_torch() -> None:
+    """Lets transformers take torch for absent, for as long as this process lives, unless something has imported it.
+
+    What is used of transformers here needs no torch, but where torch is installed a tokenizer's configuration imports
+    it, which takes longer than all else that is imported, and memory that stays taken.  Others may still import torch.
+    """
+    available = transformers.utils.is_torch_available
+    if "torch" not in sys.modules and available():
+        available.cache_clear()
+        sys.modules["torch"] = None
+        try:
+            available()
+        finally:
+            del sys.modules["torch"]
 
 
 def is_gguf(path: Path) -> bool:
@@ -125,24 +155,96 @@ def load_gguf_tokenizer(file: Path) -> transformers.PreTrainedTokenizerBase | No
     return beside
 
 
-def load_weights(folder: Path, model: Model, dtype: str, where: Callable[[Spec], Sharding] | None = None) -> Params:
-    """The tree of `model.specs` [L ...] from the folder's *.safetensors, cast to dtype, on the host or, as `where` says
-    of each weight, in shards that are read one by one, so that no whole weight is ever in one place.
+class Tensor(NamedTuple):
+    """A tensor of a safetensors file that is mapped into memory; nothing is read of it but what is indexed."""
 
-    Optional weights that the files lack are left out.  Raises `UserError` listing every missing, unexpected and
-    misshapen tensor, before any is read.
+    file: mmap.mmap
+    kind: str  # of its numbers, as safetensors has it
+    shape: tuple[int, ...]
+    start: int  # its first byte in the file
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        """The kind of its numbers, such as "F32"."""
+        return self.kind
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """What an index selects, as a view of the file; what was read before leaves memory until it is read again."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # else pages of the file would count beside the arrays made of them
+            self.file.madvise(mmap.MADV_DONTNEED)
+        dtype = np.dtype(STORED[valid("type of a tensor", self.kind, STORED)])
+        flat = np.frombuffer(self.file, dtype, math.prod(self.shape), self.start)
+        return flat.reshape(self.shape)[index]
+
+
+def load_weights(
+    folder: Path,
+    model: Model,
+    dtype: str,
+    where: Callable[[Spec], Sharding | None] | None = None,
+    *,
+    weights: str = "full",
+) -> Params:
+    """The tree of `model.specs` [L ...] from the folder's *.safetensors, cast to dtype, on the host or where `where`
+    says of each weight (None: the first device), one after the other, so that no second copy of all is ever held.
+
+    Shards are read one by one: a weight in several is never whole in one place.  With weights="int8" matrices are
+    `Quantised` as they are read, a layer at a time, and must lie whole on their devices.  Optional weights that the
+    files lack are left out.  Raises `UserError` listing every missing, unexpected and misshapen tensor, before any is
+    read.
     """
     numpy_dtype = np.dtype(DTYPES[valid("dtype", dtype, DTYPES)])
     found = stored(folder, model)
-    tree = {}
+    tree: dict[tuple[str, ...], Any] = {}
+
+    def put(spec: Spec, shape: tuple[int, ...], read: Callable[[Index], np.ndarray]) -> Any:
+        return read((slice(None),) * len(shape)) if where is None else placed(shape, where(spec), read)
+
     for path, spec in paths(model.specs):
         tensors = [found[name] for name, _ in names(spec) if name in found]
         if not tensors:
             continue
-        shard = functools.partial(read_shard, spec, tensors, numpy_dtype)
-        whole = (slice(None),) * len(spec.shape)
-        tree[path] = shard(whole) if where is None else placed(spec.shape, where(spec), shard)
+        shared = contracted(path, spec) if valid("weights", weights, WEIGHTS) == "int8" else None
+        if shared is None:
+            tree[path] = put(spec, spec.shape, functools.partial(read_shard, spec, tensors, numpy_dtype))
+        else:
+            values, scale = (put(spec, x.shape, x.__getitem__) for x in read_quantised(spec, tensors, shared))
+            tree[path] = Quantised(values, scale, dtype)
     return unflatten(tree)
+
+
+def contracted(path: tuple[str, ...], spec: Spec) -> tuple[int, ...] | None:
+    """The axes of a matrix that a product sums over, which share a scale in 8 bits; None for what is not quantised."""
+    if path[-1] in TABLES:
+        return (1,)
+    if not spec.inner:
+        return None
+    first = int("{layer}" in spec.source)
+    return tuple(range(first, first + spec.inner))
+
+
+def quantise(x: np.ndarray, shared: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """x as int8, and the float32 scales of its channels, one for all numbers along the axes `shared`."""
+    scale = np.abs(x).max(shared, keepdims=True) / np.float32(127)
+    scale[scale == 0] = 1
+    return np.rint(x / scale).astype(np.int8), scale.squeeze(shared)
+
+
+def read_quantised(spec: Spec, tensors: Sequence[Any], shared: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """`quantise` of a weight [L ...], which is read a layer, or some rows of a table, at a time."""
+    values = aligned(spec.shape, np.dtype(np.int8))
+    outer = [size for axis, size in enumerate(spec.shape) if axis not in shared]
+    scale = aligned(outer, np.dtype(np.float32))
+    rest = (slice(None),) * (len(spec.shape) - 1)
+    step = 1 if "{layer}" in spec.source else len(values) if 0 in shared else ROWS
+    for start in range(0, len(values), step):
+        rows = slice(start, min(start + step, len(values)))
+        read = read_shard(spec, tensors, np.dtype(np.float32), (rows, *rest))
+        values[rows], scale[... if 0 in shared else rows] = quantise(read, shared)
+    return values, scale
 
 
 def stored(folder: Path, model: Model) -> dict[str, Any]:
@@ -176,8 +278,13 @@ def stored(folder: Path, model: Model) -> dict[str, Any]:
     return found
 
 
-def placed(shape: tuple[int, ...], sharding: Sharding, read: Callable[[Index], np.ndarray]) -> Array:
-    """An array whose shards are read one after the other, each once, and copied to all devices that hold it."""
+def placed(shape: tuple[int, ...], sharding: Sharding | None, read: Callable[[Index], np.ndarray]) -> Array:
+    """An array whose shards are read one after the other, each once, and copied to all devices that hold it.
+
+    CPU devices hold what was read itself, all the same one, as long as nobody writes into it.
+    """
+    if sharding is None:
+        return jax.device_put(read((slice(None),) * len(shape)))
     holders: dict[tuple, tuple[Index, list[jax.Device]]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         key = tuple((part.start, part.stop) for part in index)
@@ -192,13 +299,21 @@ def placed(shape: tuple[int, ...], sharding: Sharding, read: Callable[[Index], n
 def read_shard(spec: Spec, tensors: Sequence[Any], dtype: np.dtype, index: Index) -> np.ndarray:
     """What an index into a weight [L ...] selects of it, from its tensors in the file, of which no more is read."""
     sizes = [len(range(*part.indices(size))) for part, size in zip(index, spec.shape, strict=True)]
-    shard = np.empty(sizes, dtype)
+    shard = aligned(sizes, dtype)
     if "{layer}" not in spec.source:
         shard[...] = read_part(spec, tensors[0], index).reshape(sizes)
         return shard
     for row, tensor in zip(shard, tensors[index[0]], strict=True):
         row[...] = read_part(spec, tensor, index[1:]).reshape(sizes[1:])
     return shard
+
+
+def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array that begins at a multiple of `ALIGNED` bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + ALIGNED, np.uint8)
+    first = -room.ctypes.data % ALIGNED
+    return room[first : first + size].view(dtype).reshape(shape)
 
 
 def read_part(spec: Spec, tensor: Any, index: Index) -> np.ndarray:
@@ -271,12 +386,19 @@ def initialise(key: Array, model: Model, dtype: str = "float32") -> Params:
     return unflatten(tree)
 
 
-def abstract(model: Model, dtype: str = "float32") -> Params:
+def abstract(model: Model, dtype: str = "float32", weights: str = "full") -> Params:
     """The shapes of the weights, for planning and counting without allocating them."""
     numpy_dtype = DTYPES[valid("dtype", dtype, DTYPES)]
-    return jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, numpy_dtype), model.specs, is_leaf=lambda x: isinstance(x, Spec)
-    )
+    tree: dict[tuple[str, ...], Any] = {}
+    for path, spec in paths(model.specs):
+        shared = contracted(path, spec) if weights == "int8" else None
+        if shared is None:
+            tree[path] = jax.ShapeDtypeStruct(spec.shape, numpy_dtype)
+            continue
+        outer = tuple(size for axis, size in enumerate(spec.shape) if axis not in shared)
+        held = jax.ShapeDtypeStruct(spec.shape, jnp.int8), jax.ShapeDtypeStruct(outer, jnp.float32)
+        tree[path] = Quantised(*held, dtype)
+    return unflatten(tree)
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -290,14 +412,25 @@ def read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
         yield from read(file)
 
 
-def read(file: str | os.PathLike) -> Iterator[tuple[str, Any]]:
-    """(name, slice) of every tensor in a safetensors file; a slice is read only when indexed."""
+def read(file: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor in a safetensors file; one is read only when indexed."""
     try:
-        with safetensors.safe_open(file, framework="numpy") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (safe_open is not iterable)
-                yield key, tensors.get_slice(key)
+        with safetensors.safe_open(file, framework="numpy"):
+            pass  # it has checked that every tensor is where the header says
+        with open(file, "rb") as opened:
+            header, start = read_header(opened)
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from error
+    for key, stored in header.items():
+        if key != "__metadata__":
+            yield key, Tensor(mapped, stored["dtype"], tuple(stored["shape"]), start + stored["data_offsets"][0])
+
+
+def read_header(opened: IO[bytes]) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, which lies open at its first byte, and where the tensors begin."""
+    size = int.from_bytes(opened.read(8), "little")
+    return json.loads(opened.read(size)), 8 + size
 
 
 def write(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
@@ -306,11 +439,10 @@ def write(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) 
     safetensors.numpy.save_file(tensors, scratch, metadata=metadata)
     # Its metadata come in any order; sorted, the same run writes the same bytes.
     with scratch.open("r+b") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
+        header, start = read_header(opened)
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         opened.seek(8)
-        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(start - 8))
     own = os.umask(0)
     os.umask(own)
     scratch.chmod(0o666 & ~own)  # safetensors lets the owner alone read it
@@ -373,7 +505,7 @@ def paths(specs: Params) -> list[tuple[tuple[str, ...], Spec]]:
 
 def flatten(tree: Params) -> dict[tuple[str, ...], Any]:
     """Nested dicts as one dict keyed by the path of each leaf."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Spec))
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Spec | Quantised))
     return {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
 
 

@@ -77,10 +77,15 @@ def build(
         return states, text.segments, kept
 
     def placed_at(params: Params, kv: KV, queries: Array) -> KV:
-        """Slots with what relative positions add to their scores, if they have positions: the first ones."""
+        """Slots with what relative positions add to their scores, if they have positions: the first ones.
+
+        Queries are [T] or [B T].
+        """
         if not kv.placed:
             return kv
-        return kv.replace(bias=bias(params, "decoder", queries, jnp.arange(kv.k.shape[-3])))
+        slots = jnp.arange(kv.k.shape[-3])
+        added = lambda queries: bias(params, "decoder", queries, slots)  # noqa: E731
+        return kv.replace(bias=added(queries) if queries.ndim == 1 else jax.vmap(added)(queries))
 
     def offered(weights: Params, hooks: LayerHooks, states: Array) -> KV:
         """The keys and values of one layer's cross attention; gates of their changes are of what they are made of."""
@@ -145,33 +150,33 @@ def build(
         cross = nn.in_parts(cross, params["layers"])
         k, v = nn.unwritten(params["layers"], rows, new, sites["decoder"].kv["self"], states.dtype)
         position = jnp.zeros(rows, jnp.int32)
-        cache = Cache(k=k, v=v, step=jnp.int32(0), position=position, read=cross, source=segments > 0)
+        cache = Cache(k=k, v=v, slot=jnp.int32(0), written=position, position=position, read=cross, source=segments > 0)
         logits, cache = decode(params, adaptation, cache, jnp.full((rows, 1), start, jnp.int32))
         return logits[:, 0], cache
 
     def decode(params: Params, adaptation: Adaptation, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
-        step, slots = cache.step, jnp.arange(cache.k[0].shape[-2])
-        mask = jnp.broadcast_to(slots <= step, (*tokens.shape, len(slots)))
+        own, written = nn.numbers(cache), cache.written[:, None]
+        mask = jnp.broadcast_to((own >= 0)[:, None], (*tokens.shape, own.shape[1]))
         visible = jnp.broadcast_to(cache.source[:, None], (*tokens.shape, cache.source.shape[1]))
-        # Everything starts at the first slot: places are slots.
-        added, moved = bias(params, "decoder", step[None], slots), before(adaptation)
-        place = functools.partial(placed_at, params, queries=moved + step[None])
+        # How long ago a slot was written is the same in all rows, and all that a relative position says.
+        added, moved = bias(params, "decoder", jnp.zeros(1, jnp.int32), -nn.ages(cache)), before(adaptation)
+        place = functools.partial(placed_at, params, queries=moved + written)
 
         def body(x, inputs, cached, number):
             weights, (hooks, cross) = inputs
             heard = Source(nn.slots_last(cross), visible)
-            store = functools.partial(nn.write, cached, layer=number, slot=step)
+            store = functools.partial(nn.write, cached, layer=number, slot=cache.slot)
             x, seen = one(weights, hooks, x, mask, heard, store, added, place)
             return x, seen["self"][1]
 
-        position = jnp.broadcast_to(moved + cache.position[:, None] + step, tokens.shape)
+        position = jnp.broadcast_to(moved + cache.position[:, None] + written, tokens.shape)
         x = writing.place(params, reading.embed(params, tokens), position)
         inputs = nn.in_parts(adaptation.decoder, params["layers"])
         inputs = tuple(zip(inputs, cache.read, strict=True))
         x, (k, v) = nn.step_over_layers(body, x, params["layers"], inputs, (cache.k, cache.v))
         x = writing.norm(params, x)
         logits = nn.next_words(writing.unembed, params, x.reshape(-1, x.shape[-1]))
-        return logits.reshape(*tokens.shape, -1), cache.replace(k=k, v=v, step=step + 1)
+        return logits.reshape(*tokens.shape, -1), nn.stepped(cache, k, v)
 
     def keys_values(params: Params, tokens: Array) -> dict[str, dict[str, KV]]:
         """What each layer computes for tokens [P] that are read and written, by stack and site, as [L P K H]."""

@@ -130,7 +130,7 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
     }
 
     def embed(params, tokens):
-        return params["embedding"][tokens]
+        return nn.lookup(params["embedding"], tokens)
 
     def bias(params, stack, queries, keys):
         reads = stack == "encoder"
@@ -167,7 +167,7 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
         table = params.get("unembedding", params["embedding"])
         if scales(config):
             hidden = hidden * jnp.asarray(config["d_model"] ** -0.5, hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        return nn.vocabulary_scores(hidden, table)
 
     def sites(stack):
         return seq2seq.stack_sites(
