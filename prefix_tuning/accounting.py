@@ -45,19 +45,14 @@ def account(options: dict[str, Any], model: Model, tokenizer: Any, size: str | N
 def within(budget: int, options: dict[str, Any], model: Model, tokenizer: Any, size: str) -> Account | None:
     """The account at the largest value of option `size` that stores at most `budget` parameters; None for none."""
 
-    def at(value: int) -> Account | None:
-        try:
-            return account(options | {size: value}, model, tokenizer, size)
-        except UserError:
-            return None  # beyond what the model has
-
     def fits(value: int) -> bool:
-        found = at(value)
-        return found is not None and found.stored <= budget
+        try:
+            method = named("method", METHODS, options | {size: value}, tokenizer)
+            return setup.parameter_counts(method, model)["stored"] <= budget
+        except UserError:
+            return False  # beyond what the model has
 
-    if not fits(1):
-        return None
-    return at(largest(fits))
+    return account(options | {size: largest(fits)}, model, tokenizer, size) if fits(1) else None
 
 
 def largest(fits: Callable[[int], bool]) -> int:

@@ -165,8 +165,8 @@ SEQ2SEQ = {
 # The files that take longest, in their order: a worker gets whole files, and one that begins last is waited for.
 LONGEST = (
     "seq2seq methods sharded population tasks run hosts tables hooks peft_kinds decode publish configs sharded_hosts "
-    "models inspection encoders sweep kv population_hosts accounting train_step selection quickstart vocabulary "
-    "method_options metrics_triples adaptation prefix growth compare_runs metrics merged peft windows"
+    "models inspection stream quantised encoders sweep kv population_hosts accounting train_step selection quickstart "
+    "vocabulary method_options metrics_triples adaptation prefix growth compare_runs metrics merged peft windows"
 ).split()
 
 
