@@ -131,7 +131,7 @@ ONCE = pytest.mark.parametrize(
 )
 # llama takes all of them, gpt2 the last one of those methods that meet what is its own: positions that are added to
 # embeddings, fused projections and their biases.  The others' hooks are in code that both share.
-OWN = ("prefix", "ptuning", "lora", "adapter", "finetune", "compose")
+OWN = ("prefix", "prompt", "infix", "ptuning", "lora", "adapter", "finetune", "compose")
 STEPS = pytest.mark.parametrize(
     ("family", "name", "variant"),
     [("llama", name, variant) for name, forms in FORMS.items() for variant in forms]
