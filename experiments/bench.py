@@ -8,10 +8,11 @@ Each side is a process of its own, so that peak memory is its own, and waits whi
 - train: a step on E2E, real tokens a second.  PEFT takes batches in random order, padded to their longest row, as its
   users have them, and also our batches, which hold rows of similar length.  `--batch` lists batch sizes; `largest` is
   the last doubling whose peak stays below `--memory` GiB (default: 80 % of what the machine has free, or of the GPU).
-- greedy, beam: `--new` tokens for 8 prompts, and for 4 with 5 beams; both sides are made to write that many.
-- texts: a whole text for each of the first `--records` of the validation split, greedily 8 at a time and with 5 beams 4
-  at a time, by the trained prefix in `--adapter`, as `run.py train` leaves it: texts of E2E end at different lengths.
-  PEFT takes records in order and waits for the longest of each batch; ours gives a row that is done to the next.
+- greedy, beam: `--new` tokens for `--rows` prompts, and for 4 with 5 beams; both sides are made to write that many.
+- texts: a whole text for each of the first `--records` of the validation split, greedily `--rows` at a time and with 5
+  beams 4 at a time, by the trained prefix in `--adapter`, as `run.py train` leaves it: texts of E2E end at different
+  lengths.  PEFT takes records in order and waits for the longest of each batch; ours gives a row that is done to the
+  next.
 - classify: a step on SST-2 with a head, for `bert`, batches of 32.
 - start: from the start of a process to the end of its first step, ours without and with a filled compilation cache,
   and how long loading weights and adapter takes of it.
@@ -84,6 +85,7 @@ flags.DEFINE_list("parts", [part for part in PARTS if part != "texts"], f"of {',
 flags.DEFINE_list("model", ["smollm2", "gpt2", "bert"], f"of {', '.join(MODELS)}", flag_values=FLAGS)
 flags.DEFINE_list("batch", ["10"], "sizes of training batches, and largest", flag_values=FLAGS)
 flags.DEFINE_integer("rounds", 7, "turns of each side", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("rows", 8, "prompts that are written at once without beams", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("new", 48, "tokens that are written", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("adapter", None, "the folder of a trained prefix, for texts", flag_values=FLAGS)
 flags.DEFINE_integer("records", 64, "that get texts", lower_bound=1, flag_values=FLAGS)
@@ -293,7 +295,7 @@ def texts(subject: Subject) -> Iterator[Row]:
         sides = dict(zip(SIDES, (theirs, ours), strict=True))
         for side in sides.values():
             side.ask("load")
-        for beams, rows in ((1, 8), (5, 4)):
+        for beams, rows in ((1, FLAGS.rows), (5, 4)):
             asked = {"prompts": prompts, "beams": beams, "new": subject.base.decode.max_new_tokens, "end": end}
             found, rates = {}, {name: [] for name in SIDES}
             sides["ours"].ask("texts", rows=rows, **asked)  # compiles
@@ -371,7 +373,7 @@ def rows_of(name: str, folder: Path) -> Iterator[Row]:
             for size in sorted({largest(name, side, folder) for side in SIDES}):
                 yield from train("train at the largest batch of one side", make_subject(name, size, folder), folder)
     subject = make_subject(name, sizes[0] if sizes else 8, folder)
-    for part, beams, rows in (("greedy", 1, 8), ("beam", 5, 4)):
+    for part, beams, rows in (("greedy", 1, FLAGS.rows), ("beam", 5, 4)):
         if part in parts:
             yield write(f"{part}, {FLAGS.new} tokens" + (f", {beams} beams" if beams > 1 else ""), subject, beams, rows)
     if "texts" in parts:

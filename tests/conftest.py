@@ -8,7 +8,6 @@ import functools
 import gc
 import importlib.metadata
 import os
-import platform
 import shutil
 import signal
 import tempfile
@@ -16,15 +15,13 @@ import tempfile
 # What is imported below stays, and Python's collector would go through those objects again and again.
 gc.disable()
 
-# Tests compile much and compute little: no optimisation, one LLVM module, no MLIR pipeline for every fused kernel, and
-# vectors of 4 numbers, which the unoptimised code is shorter with.
+# Tests compile much and compute little: no optimisation, one LLVM module, no MLIR pipeline for every fused kernel.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         "--xla_cpu_parallel_codegen_split_count=1",
-        *(["--xla_cpu_max_isa=SSE4_2"] if platform.machine() in ("x86_64", "AMD64") else []),
         # XLA ends at a flag that it lacks, as later ones do.
         *(["--xla_cpu_use_fusion_emitters=false"] if importlib.metadata.version("jaxlib").startswith("0.10.") else []),
     ]
