@@ -1,6 +1,7 @@
 """Text generation with the whole loop under one jit: greedy, sampling and beam search over `Model.prefill`/`decode`."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -425,7 +426,8 @@ def is_end(config: DecodeConfig, tokens: Array) -> Array:
 
 def is_one_of(tokens: Array, choices: tuple[int, ...]) -> Array:
     """Which of tokens [...] are among the choices, bool [...]."""
-    return (tokens[..., None] == jnp.array(choices, jnp.int32)).any(-1)
+    # One by one: over several devices JAX 0.11 crashes at a constant without elements, which no choices would be.
+    return functools.reduce(jnp.logical_or, (tokens == choice for choice in choices), jnp.zeros(tokens.shape, bool))
 
 
 def pick(x: Array, index: Array) -> Array:
