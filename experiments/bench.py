@@ -265,10 +265,19 @@ def train(part: str, subject: Subject, folder: Path) -> Iterator[Row]:
         yield Row(f"{part}, {label}", subject.name, batch, "real tokens/s", values, peak, agreement, operations)
 
 
+def first_prompts(subject: Subject, count: int) -> list[list[int]]:
+    """So many different prompts of the validation split; ends the program if it has fewer."""
+    sources = list(dict.fromkeys(setup.load_split(subject.config, "validation")["source"]))
+    if len(sources) < count:
+        sys.exit(
+            f"error: {count} prompts are asked for; the validation split of {subject.name}'s data has {len(sources)}"
+        )
+    return setup.make_prompts(subject.base, [{"source": source} for source in sources[:count]])
+
+
 def write(part: str, subject: Subject, beams: int, rows: int) -> Row:
     """So many tokens for the first prompts of the validation split."""
-    records = setup.load_split(subject.config, "validation")
-    prompts = setup.make_prompts(subject.base, [{"source": s} for s in dict.fromkeys(records["source"][:400])][:rows])
+    prompts = first_prompts(subject, rows)
     task, rates = write_task(subject), {name: [] for name in SIDES}
     asked = {"prompts": prompts, "beams": beams, "new": FLAGS.new, "end": list(subject.base.decode.end_tokens)}
     with start("PEFT", task) as theirs, start("ours", task) as ours:
@@ -287,9 +296,7 @@ def write(part: str, subject: Subject, beams: int, rows: int) -> Row:
 
 def texts(subject: Subject) -> Iterator[Row]:
     """Whole texts for many records."""
-    records = setup.load_split(subject.config, "validation")
-    sources = list(dict.fromkeys(records["source"]))[: FLAGS.records]
-    prompts = setup.make_prompts(subject.base, [{"source": source} for source in sources])
+    prompts = first_prompts(subject, FLAGS.records)
     task, end = write_task(subject), list(subject.base.decode.end_tokens)
     with start("PEFT", task) as theirs, start("ours", task) as ours:
         sides = dict(zip(SIDES, (theirs, ours), strict=True))
@@ -404,8 +411,8 @@ def main(arguments: list[str]) -> None:
     for name, given, known in (("parts", FLAGS.parts, PARTS), ("model", FLAGS.model, MODELS)):
         if unknown := [value for value in given if value not in known]:
             sys.exit(f"error: unknown --{name} {', '.join(unknown)}; valid: {', '.join(known)}")
-    if "texts" in FLAGS.parts and not FLAGS.adapter:
-        sys.exit("error: --parts=texts wants --adapter, the folder adapter/ of a run that trained a prefix")
+    if ("texts" in FLAGS.parts) != bool(FLAGS.adapter):
+        sys.exit("error: --parts=texts and --adapter, the folder adapter/ of a run that trained a prefix, go together")
     for size in FLAGS.batch:
         if size != "largest" and not (size.isdigit() and int(size)):
             sys.exit(f"error: --batch has {size!r}; expected sizes of at least 1, and largest")

@@ -464,6 +464,11 @@ def slots_at(hooks: LayerHooks, site: str, *before: KV | None) -> list[KV]:
     return [kv for kv in ((hooks.kv or {}).get(site), *before) if kv is not None]
 
 
+def per_row(kv: KV) -> bool:
+    """Whether a prefix [L ...] differs from row to row."""
+    return kv.k.ndim == 5 or (kv.mask is not None and kv.mask.ndim == 3)
+
+
 def scaled(q: Array, how: Attention) -> Array:
     """Queries [... H] as scores are made of them."""
     return q * (q.shape[-1] ** -0.5 if how.scale is None else how.scale)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from prefix_tuning import decode
+from prefix_tuning import decode, nn
 from prefix_tuning.decode import DecodeConfig, Running
 from prefix_tuning.errors import UserError
 from prefix_tuning.parallel import Layout
@@ -48,6 +48,10 @@ def make_stream(model: Model, config: DecodeConfig, layout: Layout) -> Callable[
         running, waiting, last, room = None, None, None, 0
         for ids, tokens, lengths in chunks:
             room = room or tokens.shape[1]
+            if tokens.shape[1] > room:
+                raise UserError(
+                    f"a chunk of {tokens.shape[1]} tokens follows one of {room}; expected the longest first"
+                )
             if room not in readers:
                 readers[room] = layout.each(partial(read, model, config, room), **options)
             waiting = readers[room](params, adaptation, key, *map(layout.rows, (tokens, lengths, ids)))
@@ -70,9 +74,8 @@ def make_stream(model: Model, config: DecodeConfig, layout: Layout) -> Callable[
 def has_own_rows(adaptation: Adaptation) -> bool:
     """Whether a part of an adaptation differs from row to row."""
     slots = [kv for hooks in (adaptation.encoder, adaptation.decoder) for kv in (hooks.kv or {}).values()]
-    own = any(kv.k.ndim == 5 or (kv.mask is not None and kv.mask.ndim == 3) for kv in slots)
     inputs = ((adaptation.shift, 1), (adaptation.prompt, 3))
-    return own or any(x is not None and x.ndim == rank for x, rank in inputs)
+    return any(map(nn.per_row, slots)) or any(x is not None and x.ndim == rank for x, rank in inputs)
 
 
 def read(

@@ -49,7 +49,7 @@ from prefix_tuning import train as loop
 from prefix_tuning.data import pipeline
 from prefix_tuning.progress import Interrupted
 from prefix_tuning.train_step import make_train_step
-from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, Model, TrainState
+from prefix_tuning.types import KV, Adaptation, Batch, Cache, LayerHooks, Model, TrainState
 
 gc.freeze()
 gc.enable()
@@ -318,6 +318,21 @@ def interrupt(patch, number):
         usual(self)
 
     patch.setattr(loop.Stop, "check", check)
+
+
+def table_model(vocabulary, called=lambda: None):
+    """A model whose next token depends on the last one alone: params [V V] are logits."""
+
+    def prefill(params, adaptation, tokens, lengths, slots):
+        cache = Cache((), (), slot=jnp.int32(0), written=jnp.zeros_like(lengths), position=lengths, read=())
+        return params[tokens[jnp.arange(len(tokens)), lengths - 1]], cache
+
+    def step(params, adaptation, cache, tokens):
+        jax.debug.callback(called)
+        return params[tokens], cache
+
+    rest = dict.fromkeys(("max_positions", "embed", "hidden", "unembed", "probe", "keys_values"))
+    return Model(config={}, sites={}, specs={}, vocabulary=vocabulary, prefill=prefill, decode=step, **rest)
 
 
 def packed(rows, length, targets):

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import table_model
 
 from prefix_tuning import decode, models, nn
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import loading
-from prefix_tuning.types import KV, Adaptation, Batch, Cache, LayerHooks, Model
+from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, Model
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # its threads spin while they wait, which on a busy machine takes ten times as long
@@ -354,19 +355,6 @@ def test_beam_scores_equal_rescoring(twins, log_probabilities, normalise):
 
 
 # --- A model whose next token depends on the last one only: params [V V] are logits
-
-
-def table_model(vocabulary, called=lambda: None):
-    def prefill(params, adaptation, tokens, lengths, slots):
-        cache = Cache((), (), slot=jnp.int32(0), written=jnp.zeros_like(lengths), position=lengths, read=())
-        return params[tokens[jnp.arange(len(tokens)), lengths - 1]], cache
-
-    def step(params, adaptation, cache, tokens):
-        jax.debug.callback(called)
-        return params[tokens], cache
-
-    rest = dict.fromkeys(("max_positions", "embed", "hidden", "unembed", "probe", "keys_values"))
-    return Model(config={}, sites={}, specs={}, vocabulary=vocabulary, prefill=prefill, decode=step, **rest)
 
 
 def test_beam_search_by_hand():

@@ -249,7 +249,11 @@ def test_bench_table_says_how_much_faster_and_how_much_larger():
     [
         ("--parts=train,sing", "unknown --parts sing; valid: train, greedy, beam, texts, classify, start"),
         ("--model=gpt5", "unknown --model gpt5; valid: smollm2, gpt2, gpt2-medium, gpt2-large, bert, quickstart"),
-        ("--parts=texts", "--parts=texts wants --adapter, the folder adapter/ of a run that trained a prefix"),
+        (
+            "--parts=texts",
+            "--parts=texts and --adapter, the folder adapter/ of a run that trained a prefix, go together",
+        ),
+        ("--adapter=runs/e2e/adapter", "--parts=texts and --adapter"),
         ("--batch=8,all", "--batch has 'all'; expected sizes of at least 1, and largest"),
     ],
 )

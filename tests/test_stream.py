@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import V, random_prefix, random_rows
+from conftest import V, random_prefix, random_rows, table_model
 
 import prefix_tuning
 from prefix_tuning import decode, parallel, stream
@@ -14,7 +14,7 @@ from prefix_tuning.data import pipeline
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError
 from prefix_tuning.methods import METHODS
-from prefix_tuning.types import Adaptation, Cache, Model
+from prefix_tuning.types import Adaptation
 
 END, N, B = 2, 9, 24  # three rows on each of eight devices
 CONFIG = DecodeConfig(max_new_tokens=N, end_tokens=(END, 5, 7), pad_token=0)
@@ -123,21 +123,6 @@ def test_fewer_prompts_than_rows(twin):
     assert list(stream.make_stream(model, CONFIG, layout)(frozen, adaptation, [], jax.random.key(0))) == []
 
 
-def table_model(called):
-    """Whose next token depends on the last one alone: params [V V] are logits."""
-
-    def prefill(params, adaptation, tokens, lengths, slots):
-        cache = Cache((), (), slot=jnp.int32(0), written=jnp.zeros_like(lengths), position=lengths, read=())
-        return params[tokens[jnp.arange(len(tokens)), lengths - 1]], cache
-
-    def step(params, adaptation, cache, tokens):
-        jax.debug.callback(called)
-        return params[tokens], cache
-
-    rest = dict.fromkeys(("max_positions", "embed", "hidden", "unembed", "probe", "keys_values"))
-    return Model(config={}, sites={}, specs={}, vocabulary=V, prefill=prefill, decode=step, **rest)
-
-
 @pytest.mark.parametrize("refills", [True, False])
 def test_refilling_takes_fewer_steps(refills):
     """Token n is followed by n - 1, down to the end: a prompt of n takes as many steps as that says."""
@@ -149,7 +134,7 @@ def test_refilling_takes_fewer_steps(refills):
     layout.refills = refills
     first = [V - 1, 3] * 40  # of the texts that stand beside each other, one is long
     model, config = (
-        table_model(lambda: steps.append(1)),
+        table_model(V, lambda: steps.append(1)),
         dataclasses.replace(CONFIG, max_new_tokens=V, end_tokens=(END,)),
     )
     found = streamed(model, config, layout, *layout.place((table, Adaptation())), [[token] for token in first], 16)
@@ -168,3 +153,10 @@ def test_rows_of_their_own_are_refused(twin):
     for adaptation in own:
         with pytest.raises(UserError, match="expected one that all rows share"):
             list(write(frozen, adaptation, [], jax.random.key(0)))
+
+
+def test_chunks_that_grow_are_refused(twin):
+    _, _, model, frozen = twin("gpt2")
+    chunks = [(np.arange(8), np.ones((8, length), np.int32), np.ones(8, np.int32)) for length in (2, 4)]
+    with pytest.raises(UserError, match="a chunk of 4 tokens follows one of 2; expected the longest first"):
+        list(stream.make_stream(model, CONFIG, parallel.Replicated())(frozen, Adaptation(), chunks, None))

@@ -95,7 +95,7 @@ def build(
         shared = (
             adaptation.prompt.ndim == 2
             and len(positions) == 1
-            and not any(map(per_row, nn.slots_at(adaptation.decoder, "self")))
+            and not any(map(nn.per_row, nn.slots_at(adaptation.decoder, "self")))
         )
         rows = 1 if shared else len(like)
         prompt = jnp.broadcast_to(adaptation.prompt.astype(like.dtype), (rows, length, width))
@@ -221,8 +221,3 @@ def build(
         probe=probe,
         keys_values=keys_values,
     )
-
-
-def per_row(kv: KV) -> bool:
-    """Whether a prefix [L ...] differs from row to row."""
-    return kv.k.ndim == 5 or (kv.mask is not None and kv.mask.ndim == 3)
