@@ -69,15 +69,13 @@ class DecodeConfig:
                 raise UserError(f"{', '.join(idle)} would do nothing; expected {condition} beside it")
 
 
-def make_generate(
-    model: Model, config: DecodeConfig, *, jit: Callable[..., Callable] = jax.jit
-) -> Callable[..., tuple[Array, Array]]:
+def make_generate(model: Model, config: DecodeConfig) -> Callable[..., tuple[Array, Array]]:
     """Makes `generate(params, adaptation, tokens [B T], lengths [B], key=None) -> (new tokens [B N], lengths [B])`.
 
     Prompts, to an encoder-decoder its sources, are padded on the right to T and have at least one token.  A new length
-    counts the end token, after which `pad_token` follows.  It is compiled by `jit`, one trace per (B, T); only sampling
-    needs a key.  Weights whose layers are `nn.apart` are read fastest.  Raises `UserError` for token ids that the model
-    lacks, and when traced for a prompt that leaves too few positions.
+    counts the end token, after which `pad_token` follows.  It is compiled once per (B, T); only sampling needs a key.
+    Weights whose layers are `nn.apart` are read fastest.  Raises `UserError` for token ids that the model lacks, and
+    when traced for a prompt that leaves too few positions.
     """
     check(model, config)
 
@@ -87,7 +85,7 @@ def make_generate(
         new, _ = search(model, config, params, adaptation, tokens, lengths, key)
         return new, new_lengths(config, new)
 
-    return jit(generate, compiler_options=compiler_options())
+    return jax.jit(generate, compiler_options=compiler_options())
 
 
 def compiler_options() -> dict[str, str]:

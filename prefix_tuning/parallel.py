@@ -144,9 +144,9 @@ class Replicated:
         del state
         return train_step(step)
 
-    def jit(self, function: Callable, **options: Any) -> Callable:
-        """A compiled function (params, adaptation, rows ...) -> what one can read; options are `jax.jit`'s."""
-        return jax.jit(function, **options)
+    def jit(self, function: Callable) -> Callable:
+        """A compiled function (params, adaptation, rows ...) -> what one can read."""
+        return jax.jit(function)
 
     def rows(self, array: np.ndarray) -> jax.Array:
         """An array [B ...], of which each device has its part, for what `each` makes."""
@@ -251,9 +251,9 @@ class Sharded:
         """As for `Replicated`."""
         return self.jit(step)
 
-    def jit(self, function: Callable, **options: Any) -> Callable:
+    def jit(self, function: Callable) -> Callable:
         """As for `Replicated`; every process can read what comes out."""
-        return jax.jit(self.told(function), out_shardings=self.on(WHOLE), **options)
+        return jax.jit(self.told(function), out_shardings=self.on(WHOLE))
 
     def rows(self, array: np.ndarray) -> jax.Array:
         """As for `Replicated`."""

@@ -1,6 +1,7 @@
 """Encoder-decoders: transformers' logits and texts, what prefixes at each attention and prompts are in them, and every
 method on them."""
 
+import functools
 import itertools
 import json
 
@@ -307,9 +308,9 @@ def test_what_was_read_is_kept_once_for_all_beams(twin, family):
     _, _, model, frozen = twin(family)
     B, W, S = 2, 3, 7
     config = decode.DecodeConfig(max_new_tokens=N, end_tokens=(END,), pad_token=0, num_beams=W)
-    generate = decode.make_generate(model, config, jit=lambda function, **_: function)
+    search = functools.partial(decode.search, model, config)
     lengths = jnp.full(B, S, jnp.int32)
-    jaxpr = jax.make_jaxpr(generate)(frozen, random_prefixes(model), jnp.full((B, S), 5, jnp.int32), lengths)
+    jaxpr = jax.make_jaxpr(search)(frozen, random_prefixes(model), jnp.full((B, S), 5, jnp.int32), lengths)
     inside = {shape for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "while" for shape in shapes(eqn)}
     layers, (K, H) = model.sites["decoder"].layers, model.sites["decoder"].kv["cross"]
     assert (layers, B, K, S, H) in inside

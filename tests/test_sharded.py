@@ -24,6 +24,7 @@ from prefix_tuning.interop.base import fingerprint
 from prefix_tuning.methods import METHODS
 from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
+from prefix_tuning.stream import make_stream
 from prefix_tuning.train_step import make_eval_step, make_train_step
 from prefix_tuning.types import Batch, Spec, TrainState
 
@@ -186,11 +187,14 @@ def test_text_is_that_of_one_device(made, family, beams):
     one = make_generate(model, config)(*method.bind(host, trainable), tokens, lengths)
     layout = parallel.Sharded(model.specs, DATA, MODEL)
     params, adaptation = method.bind(*layout.place((host, trainable)))
-    rows = layout.split_rows(tokens), layout.split_rows(lengths)
-    generate = make_generate(model, config, jit=layout.jit)
+    parts = [np.arange(first, first + 2) for first in (0, 2)]
+    chunks = [(part, tokens[part], lengths[part]) for part in parts]
+    write = make_stream(model, config, layout)
     for weights in (params, ready(params, model)):
-        for ours, wanted in zip(generate(weights, adaptation, *rows), one, strict=True):
-            np.testing.assert_array_equal(ours, wanted)
+        for written, part in zip(write(weights, adaptation, chunks, jax.random.key(0)), parts, strict=True):
+            assert written.ids.tolist() == part.tolist()
+            for ours, wanted in zip(written[1:], one, strict=True):
+                np.testing.assert_array_equal(ours, wanted[part])
 
 
 def test_a_notebook_reads_and_writes_on_shards(made, tmp_path):

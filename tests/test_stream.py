@@ -107,14 +107,6 @@ def test_a_placed_prefix_and_a_prompt_follow_the_rows(twin):
         assert len({tuple(text) for text in found}) > 4
 
 
-def test_shards_write_the_same(twin):
-    _, _, model, frozen = twin("llama")
-    rows, adaptation = prompts(20), random_prefix(model, 3)
-    wanted = together(model, CONFIG, frozen, adaptation, rows)
-    layout = parallel.Sharded(model.specs, 4, 2)
-    assert streamed(model, CONFIG, layout, *layout.place((frozen, adaptation)), rows, batch=8) == wanted
-
-
 def test_fewer_prompts_than_rows(twin):
     _, _, model, frozen = twin("llama")
     rows, adaptation, layout = prompts(5), random_prefix(model, 3), parallel.Replicated()
