@@ -172,3 +172,15 @@ def test_command_prints_the_table(capsys):
     assert "length=10" in out
     assert run.main([*arguments, "--budget=lots"]) == 1
     assert "--budget='lots' is no number" in capsys.readouterr().err
+
+
+def test_one_method_is_counted_on_each_model():
+    """What it trains is traced once on each, and is not the last one's."""
+    method = METHODS["prefix"](None, length=3)
+    sizes = ((2, 8), (3, 8), (2, 4))
+    shapes = {"model_type": "gpt2", "vocab_size": 11, "n_positions": 16, "n_head": 2}
+    counts = [
+        count(setup.abstract_trainable(method, models.build(shapes | {"n_layer": layers, "n_embd": width})))
+        for layers, width in sizes
+    ]
+    assert counts == [2 * layers * 3 * width for layers, width in sizes]
