@@ -138,6 +138,7 @@ STEPS = pytest.mark.parametrize(
     + [("gpt2", name, FORMS[name][-1]) for name in OWN],
     ids=lambda value: value.replace(" ", "_"),
 )
+COMPARED_ON_GPT2 = {("llama", name, FORMS[name][-1]) for name in OWN}
 FORMED = pytest.mark.parametrize(
     ("family", "name", "variant"),
     [("llama", name, variant) for name, forms in FORMS.items() for variant in forms],
@@ -240,13 +241,15 @@ def test_bind_leaves_frozen_alone_and_draws_only_from_its_key(started, family, n
     if name != "finetune" and "biases" not in variant:
         assert all(a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(frozen), strict=True))
     assert same((params, adaptation), method.bind(frozen, trainable, key=None))
+    if VARIANTS[name][variant].get("dropout", 0) == 0:  # a model is told of no other key than what `bind` makes of it
+        assert same((params, adaptation), method.bind(frozen, trainable, key=jax.random.key(0)))
+        return
     batch = a_batch(method)
     tokens, lengths = batch["tokens"], (batch["segments"] > 0).sum(1)
     hidden = jax.jit(lambda key: model.prefill(*method.bind(frozen, trainable, key=key), tokens, lengths, 13)[0])
     one, other, again = (np.asarray(hidden(jax.random.key(i))) for i in (0, 1, 0))
     np.testing.assert_array_equal(one, again)
-    drawn = VARIANTS[name][variant].get("dropout", 0) > 0
-    assert np.array_equal(one, other) != drawn
+    assert not np.array_equal(one, other)
 
 
 @ONCE
@@ -301,7 +304,8 @@ def test_a_step_moves_only_what_is_trained_and_is_the_same_on_eight_devices(star
     assert same(before, jax.device_get(frozen))
     assert count(state.trainable) == count(trainable)  # nothing as large as a frozen weight is carried along
 
-    if VARIANTS[name][variant].get("dropout", 0) == 0:  # every device draws its own
+    # Every device draws its own; and what gpt2 compares, llama only trains: devices differ in rows, not in families.
+    if VARIANTS[name][variant].get("dropout", 0) == 0 and (family, name, variant) not in COMPARED_ON_GPT2:
         one = jax.tree.map(lambda x: x[None], Batch(**batch))
         alone, alone_sums = jax.jit(body())(before, fresh(), one)
         first, _ = step(frozen, parallel.place(fresh()), parallel.split_batch(batch))
