@@ -62,11 +62,6 @@ STEPS = [
             "lora": {"rank": 2, "target_modules": ("all-linear",), "dropout": 0.4},
             "adapter": {"form": "houlsby", "bottleneck": 9},
             "memory": {},
-        },
-    ),
-    (
-        "llama",
-        {
             "prompt": {"length": 3, "population": 6},
             "infix": {"length": P},
             "finetune": {"top_layers": 2, "embedding": True},
