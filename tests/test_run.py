@@ -220,7 +220,7 @@ def test_a_crash_between_checkpoints_loses_nothing(folder, finished, tmp_path, m
     assert results(tmp_path / "w") == results(finished[0])
 
 
-def test_kill_9_and_the_same_command_again(folder, finished, tmp_path):
+def test_kill_9_and_the_same_command_again(folder, finished, tmp_path, capsys):
     command = [sys.executable, str(ROOT / "run.py"), "train", f"--config={folder}/config.py", f"--workdir={tmp_path}/w"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
@@ -230,9 +230,8 @@ def test_kill_9_and_the_same_command_again(folder, finished, tmp_path):
         time.sleep(0.02)
     process.kill()
     process.wait()
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "tuned" in done.stdout
+    assert run.main(command[2:]) == 0
+    assert "tuned" in capsys.readouterr().out
     assert results(tmp_path / "w") == results(finished[0])
 
 
@@ -347,8 +346,8 @@ def test_eval_generate_and_export_restore_the_run(folder, finished, tmp_path, ca
 @pytest.mark.parametrize("method", ["infix", "lora+prefix", "ft_top2"])
 def test_other_methods_train_evaluate_and_resume(folder, tmp_path, capsys, method):
     """Virtual tokens in the data, a composition, weights of the model's own: the paths that a prefix does not take."""
-    common = ["--config.train.epochs=1", "--config.decode.max_new_tokens=3", f"--workdir={tmp_path}/w"]
-    assert run.main(["train", f"--config={folder}/config.py:method={method}", *common]) == 0
+    common = ["--config.train.epochs=1", "--config.train.shapes=1", "--config.decode.max_new_tokens=3"]
+    assert run.main(["train", f"--config={folder}/config.py:method={method}", *common, f"--workdir={tmp_path}/w"]) == 0
     summary = json.loads((tmp_path / "w" / "summary.json").read_text())
     assert summary["adapter"] is None  # PEFT cannot hold any of these
     assert summary["parameters"]["trained"] == summary["parameters"]["stored"]
@@ -380,7 +379,7 @@ def test_other_methods_train_evaluate_and_resume(folder, tmp_path, capsys, metho
 
 def test_without_metrics_only_the_loss_is_computed(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.evaluate, "rows", None)  # what decoding would call
-    config = settings(folder, evaluation__metrics=(), train__epochs=1)
+    config = settings(folder, evaluation__metrics=(), train__epochs=1, train__shapes=1)
     summary = loop.train(config, tmp_path / "w")
     assert set(summary["tuned"]) == {"loss", "perplexity", "accuracy"}
     assert summary["untuned"] == {}
@@ -388,7 +387,7 @@ def test_without_metrics_only_the_loss_is_computed(folder, tmp_path, monkeypatch
 
 
 def test_compare_trains_every_variant_and_prints_a_line_each(folder, tmp_path, capsys):
-    config = settings(folder, train__epochs=1, decode__max_new_tokens=2)
+    config = settings(folder, train__epochs=1, train__shapes=1, decode__max_new_tokens=2)
     shorter = config["method"] | {"length": 2}
     config["compare"] = {"long": {"method": config["method"]}, "short": {"method": shorter}}
     text = train_variants(config, tmp_path)
