@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import L, P, close, letters, one_a_row, random_prefix, random_rows
+from conftest import L, P, close, interrupt, letters, one_a_row, random_prefix, random_rows
 
 import prefix_tuning
 import run
@@ -82,14 +82,17 @@ def test_nearest_words_of_real_embeddings_are_those_words(twin):
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory):
-    """A prompt of three rows and a LoRA, barely trained, on what the repository ships."""
+    """A prompt of three rows, barely trained, and a LoRA that took no step, on what the repository ships."""
     folders = {}
     for method, option in (("prompt", "length=3"), ("lora", "rank=1")):
         folders[method] = tmp_path_factory.mktemp(method)
         config = f"--config=configs/quickstart.py:quick,method={method}"
         short = ["--config.train.epochs=1", "--config.train.examples=192", "--config.evaluation.metrics=()"]
         short += ["--config.train.shapes=1", f"--config.method.{option}", f"--workdir={folders[method]}"]
-        assert run.main(["train", config, *short]) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            if method == "lora":
+                interrupt(patch, 1)
+            assert run.main(["train", config, *short]) == (143 if method == "lora" else 0)
     return folders
 
 
