@@ -14,6 +14,9 @@ Each side is a process of its own, so that peak memory is its own, and waits whi
   lengths.  PEFT takes records in order and waits for the longest of each batch; ours gives a row that is done to the
   next.
 - classify: a step on SST-2 with a head, for `bert`, batches of 32.
+- profile: where the time of a step on the same batch, and of greedy decoding, goes on each side, by the names that XLA
+  and torch give to operations: products of matrices (attention's too, where it is no operation of its own), those
+  that only move numbers, the others, and none at all.
 - start: from the start of a process to the end of its first step, ours without and with a filled compilation cache,
   and how long loading weights and adapter takes of it.
 
@@ -43,7 +46,7 @@ from absl import flags
 from ml_collections import config_dict
 
 import run
-from experiments import in_turn
+from experiments import in_turn, profiles
 from prefix_tuning import models, setup
 from prefix_tuning.data import pipeline
 from prefix_tuning.files import read_json, write_json
@@ -51,7 +54,7 @@ from prefix_tuning.interop import peft
 from prefix_tuning.models import loading
 from prefix_tuning.types import KV, Adaptation, LayerHooks
 
-PARTS = ("train", "greedy", "beam", "texts", "classify", "start")
+PARTS = ("train", "greedy", "beam", "texts", "classify", "profile", "start")
 SIDES = {"PEFT": "experiments.peft_side", "ours": "experiments.our_side"}
 LEARNING_RATE, STEPS = 1e-3, 10_000
 GPT2 = {
@@ -81,7 +84,8 @@ SHAPES = {  # drawn at random; dropout 0, since the two sides would draw differe
 MODELS = ("smollm2", *SHAPES, "quickstart")
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_list("parts", [part for part in PARTS if part != "texts"], f"of {', '.join(PARTS)}", flag_values=FLAGS)
+ASKED = [part for part in PARTS if part not in ("texts", "profile")]
+flags.DEFINE_list("parts", ASKED, f"of {', '.join(PARTS)}", flag_values=FLAGS)
 flags.DEFINE_list("model", ["smollm2", "gpt2", "bert"], f"of {', '.join(MODELS)}", flag_values=FLAGS)
 flags.DEFINE_list("batch", ["10"], "sizes of training batches, and largest", flag_values=FLAGS)
 flags.DEFINE_integer("rounds", 7, "turns of each side", lower_bound=1, flag_values=FLAGS)
@@ -110,6 +114,16 @@ class Row(NamedTuple):
     peak: dict[str, float]  # side -> MiB
     agreement: str = ""
     operations: list[float] | None = None  # ours a second in each round, by XLA's count, padding included
+
+
+class Profile(NamedTuple):
+    """Where a side's time goes: seconds of each of `profiles.KINDS`."""
+
+    what: str
+    model: str
+    batch: int
+    side: str
+    kinds: dict[str, float]
 
 
 class Subject(NamedTuple):
@@ -317,6 +331,24 @@ def texts(subject: Subject) -> Iterator[Row]:
             yield Row(part, subject.name, rows, "new tokens/s", rates, peak, f"{equal} of {len(prompts)} texts equal")
 
 
+def profile(subject: Subject, folder: Path) -> Iterator[Profile]:
+    """A step on the same batch, and greedy decoding where the model writes."""
+    batch = subject.config["train"]["batch_size"]
+    _, own = batches(subject, folder, 1)
+    asked = {"a step": (batch, "train", {"batch": str(own[0])})}
+    if subject.base.decode:
+        prompts = first_prompts(subject, FLAGS.rows)
+        values = {"prompts": prompts, "beams": 1, "new": FLAGS.new, "end": list(subject.base.decode.end_tokens)}
+        asked[f"{FLAGS.new} tokens, greedy"] = FLAGS.rows, "generate", values
+    task = write_task(subject)
+    for name in SIDES:
+        with start(name, task) as side:
+            side.ask("load")
+            for label, (rows, what, values) in asked.items():
+                side.ask(what, **values)  # compiles
+                yield Profile(label, subject.name, rows, name, side.ask("profile", what=what, **values)["kinds"])
+
+
 def first_step(subject: Subject, folder: Path) -> Iterator[Row]:
     """Fresh processes, up to the end of their first step."""
     batch, cache = subject.config["train"]["batch_size"], folder / "cache"
@@ -365,9 +397,16 @@ def largest(name: str, side: str, folder: Path) -> int:
         batch, before = 2 * batch, peak
 
 
-def rows_of(name: str, folder: Path) -> Iterator[Row]:
+def first_size() -> int:
+    """The first batch size that is asked for."""
+    return next((int(size) for size in FLAGS.batch if size != "largest"), 8)
+
+
+def rows_of(name: str, folder: Path) -> Iterator[Row | Profile]:
     """All that is measured of one model."""
     parts = [part for part in PARTS if part in FLAGS.parts]
+    if "profile" in parts:
+        yield from profile(make_subject(name, 32 if name == "bert" else first_size(), folder), folder)
     if name == "bert":
         if "classify" in parts:
             yield from train("classify", make_subject(name, 32, folder), folder)
@@ -379,7 +418,7 @@ def rows_of(name: str, folder: Path) -> Iterator[Row]:
         if "largest" in FLAGS.batch:
             for size in sorted({largest(name, side, folder) for side in SIDES}):
                 yield from train("train at the largest batch of one side", make_subject(name, size, folder), folder)
-    subject = make_subject(name, sizes[0] if sizes else 8, folder)
+    subject = make_subject(name, first_size(), folder)
     for part, beams, rows in (("greedy", 1, FLAGS.rows), ("beam", 5, 4)):
         if part in parts:
             yield write(f"{part}, {FLAGS.new} tokens" + (f", {beams} beams" if beams > 1 else ""), subject, beams, rows)
@@ -405,6 +444,17 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def profile_table(found: list[Profile]) -> str:
+    """Where the time goes, as Markdown; kinds in percent."""
+    lines = ["| | model | batch | | seconds | " + " | ".join(profiles.KINDS) + " |", "|" + "---|" * 10]
+    for one in found:
+        seconds = sum(one.kinds.values())
+        cells = [one.what, one.model, str(one.batch), one.side, f"{seconds:.3g}"]
+        cells += [f"{100 * one.kinds[kind] / seconds:.0f} %" for kind in profiles.KINDS]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> None:
     """Measures and prints."""
     FLAGS(arguments)
@@ -417,19 +467,22 @@ def main(arguments: list[str]) -> None:
         if size != "largest" and not (size.isdigit() and int(size)):
             sys.exit(f"error: --batch has {size!r}; expected sizes of at least 1, and largest")
     rows: list[Row] = []
+    kinds: list[Profile] = []
     with tempfile.TemporaryDirectory() as scratch:
         for number, name in enumerate(FLAGS.model):
             folder = Path(scratch) / str(number)
             folder.mkdir()
-            for row in rows_of(name, folder):
-                print(table([row]).splitlines()[-1], file=sys.stderr, flush=True)
-                rows.append(row)
+            for found in rows_of(name, folder):
+                known, write_out = (kinds, profile_table) if isinstance(found, Profile) else (rows, table)
+                known.append(found)
+                print(write_out([found]).splitlines()[-1], file=sys.stderr, flush=True)
     versions = {name: version(name) for name in ("jax", "torch", "peft", "transformers")}
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {FLAGS.dtype}"
-    print(table(rows))
+    print("\n\n".join(write_out(found) for found, write_out in ((rows, table), (kinds, profile_table)) if found))
     print(f"\n{machine}; {', '.join(f'{name} {number}' for name, number in versions.items())}; {FLAGS.rounds} rounds")
     if FLAGS.output:
-        write_json(Path(FLAGS.output), {"rows": [r._asdict() for r in rows], "machine": machine, "versions": versions})
+        found = {"rows": [row._asdict() for row in rows], "profiles": [one._asdict() for one in kinds]}
+        write_json(Path(FLAGS.output), found | {"machine": machine, "versions": versions})
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
     python -m experiments.growth
 
 prints, for SmolLM2-135M's shape, how operations and memory grow with the prefix, the batch, the text, the depth and the
-number of prefixes that train at once; and the largest batch of 1,024 tokens that fits beside 1B, 8B and 70B bases on
-one H200, on eight, and on a TPU v5e pod.  Three things are counted: the weights, in bfloat16; what is trained with
-Adam's two moments, in float32; and what the backward pass reads again (JAX's own residuals of the forward pass, for
-every layer; with `model.remat` each layer's input, and one layer's residuals).  A tenth of a device's memory is left
-free.  Operations are XLA's count of the step with its layers unrolled.
+number of prefixes that train at once, and how they shrink on each of several devices that weights and rows are spread
+over; and the largest batch of 1,024 tokens that fits beside 1B, 8B and 70B bases on one H200, on eight, and on a TPU
+v5e pod.  Three things are counted: the weights, in bfloat16; what is trained with Adam's two moments, in float32; and
+what the backward pass reads again (JAX's own residuals of the forward pass, for every layer; with `model.remat` each
+layer's input, and one layer's residuals).  A tenth of a device's memory is left free, for scores of attention that are
+never kept among others.  Operations are XLA's count of the step with its layers unrolled.
 
     python -m experiments.growth --measure [--dtype=bfloat16]
 
@@ -85,6 +86,7 @@ class Point(NamedTuple):
     length: int = 128  # tokens a row
     layers: int = 30
     population: int = 1  # prefixes that train at once, each with a batch of its own
+    devices: int = 1  # that weights and rows are spread over
 
 
 GROWN = {
@@ -93,6 +95,7 @@ GROWN = {
     "length": (64, 128, 512, 2048),
     "layers": (6, 12, 30),
     "population": (1, 2, 5, 10),
+    "devices": (1, 2, 4, 8),
 }
 
 MEASURED = {  # of a shape with fewer layers, so that two cores can
@@ -172,11 +175,11 @@ def counted_step(
 
 
 def operations(point: Point, *, forward: bool = False) -> float:
-    """XLA's count of a train step's floating-point operations, or of its forward pass alone."""
+    """XLA's count of a train step's floating-point operations on each device, or of its forward pass alone."""
     model = models.build(SMALL | {"num_hidden_layers": point.layers}, scan=False)
     method = made("prefix", {"length": point.prefix, "init": "random"})
     frozen, trainable = setup.abstract_frozen(method, model), setup.abstract_trainable(method, model)
-    batch = rows(point.batch, point.length)
+    batch = rows(point.batch // point.devices, point.length)
     if forward:
 
         def loss(frozen, trainable, batch):
@@ -188,11 +191,12 @@ def operations(point: Point, *, forward: bool = False) -> float:
 
 
 def at(point: Point) -> Cost:
-    """What a step of SmolLM2-135M's shape needs."""
+    """What a step of SmolLM2-135M's shape needs on each device."""
     model = models.build(SMALL | {"num_hidden_layers": point.layers})
     method = made("prefix", {"length": point.prefix, "init": "random"})
-    one = cost(model, method, rows(point.batch, point.length))
-    return Cost(one.weights, point.population * one.state, point.population * one.kept)
+    one = cost(model, method, rows(point.batch // point.devices, point.length))
+    weights = held(model.specs, point.devices) if point.devices > 1 else one.weights
+    return Cost(weights, point.population * one.state, point.population * one.kept)
 
 
 def growth() -> str:

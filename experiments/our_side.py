@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from datasets import Dataset
 
-from experiments import growth, in_turn
+from experiments import growth, in_turn, profiles
 from prefix_tuning import data, decode, optimizer, parallel, setup, stream
 from prefix_tuning.data import pipeline
 from prefix_tuning.evaluate import MULTIPLE
@@ -87,7 +87,8 @@ class Side:
         if self.step is None:
             tx, _ = optimizer.make_optimizer(self.task["steps"], **self.config["optimizer"])
             key = jax.random.key(0)
-            state = TrainState(jnp.int32(0), self.trainable, tx.init(self.trainable), key)
+            trainable = jax.tree.map(jnp.copy, self.trainable)  # a step gives its state away, and texts are of this
+            state = TrainState(jnp.int32(0), trainable, tx.init(trainable), key)
             self.step, _ = make_step(self.base, tx, self.frozen, parallel.place(state))
         return {"loss": self.step(dict(np.load(batch)))}
 
@@ -127,6 +128,10 @@ class Side:
             self.bound = decode.ready(params, self.base.model), adaptation
         return self.bound
 
+    def profile(self, what: str, **values: Any) -> dict[str, Any]:
+        """Where the time of one of the others goes."""
+        return {"kinds": profiles.traced(lambda: getattr(self, what)(**values))}
+
     def memory(self) -> dict[str, Any]:
         """MiB held at most and still free, of the accelerator if there is one."""
         stats = jax.local_devices()[0].memory_stats()
@@ -140,6 +145,5 @@ if __name__ == "__main__":
     os.environ.setdefault(loading.WITHOUT_TORCH, "1")  # as in run.py
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not be taken for an answer
     side = Side(json.loads(Path(sys.argv[1]).read_text()))
-    in_turn.serve(
-        {name: getattr(side, name) for name in ("load", "train", "operations", "generate", "texts", "memory")}, answers
-    )
+    actions = ("load", "train", "operations", "generate", "texts", "profile", "memory")
+    in_turn.serve({name: getattr(side, name) for name in actions}, answers)

@@ -5,6 +5,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import peft
 import torch
 import transformers
 
-from experiments import in_turn
+from experiments import in_turn, profiles
 
 CLASSES = {
     "lm": transformers.AutoModelForCausalLM,
@@ -152,6 +153,19 @@ class Side:
             )
         return out[:, tokens.shape[1] :].tolist()
 
+    def profile(self, what: str, **values: Any) -> dict[str, Any]:
+        """Where the time of one of the others goes."""
+        with torch.profiler.profile() as profiler:
+            start = time.perf_counter()
+            getattr(self, what)(**values)
+            seconds = time.perf_counter() - start
+        own = "self_cpu_time_total" if self.device == "cpu" else "self_device_time_total"
+        kinds = dict.fromkeys(profiles.KINDS, 0.0)
+        for event in profiler.key_averages():
+            kinds[profiles.kind(event.key)] += getattr(event, own) / 1e6
+        kinds[profiles.WAITING] = max(0.0, seconds - sum(kinds.values()))
+        return {"kinds": kinds}
+
     def memory(self) -> dict[str, Any]:
         """MiB held at most and still free, of the accelerator if there is one."""
         if self.device == "cpu":
@@ -162,4 +176,5 @@ class Side:
 if __name__ == "__main__":
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not be taken for an answer
     side = Side(json.loads(Path(sys.argv[1]).read_text()))
-    in_turn.serve({name: getattr(side, name) for name in ("load", "train", "generate", "texts", "memory")}, answers)
+    actions = ("load", "train", "generate", "texts", "profile", "memory")
+    in_turn.serve({name: getattr(side, name) for name in actions}, answers)

@@ -1,6 +1,7 @@
 """The functions every family is made of; the only place that knows what an `Adaptation` does inside a layer."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
 }
 
+QUERIES = 128  # of a row that attention takes at once where there is much to score
+PARTS = 16  # that a row's queries are taken in at most, since each is compiled
+SCORES = 2 * QUERIES**2  # of a row and head that are kept for the backward pass
 DATA = "data"  # the axis of a mesh that rows are spread over
 Written = tuple[tuple[Array, ...], tuple[Array, ...]]  # keys and values, as `unwritten` makes them
 FEATURES = {"elu": jax.nn.elu, "gelu": ACTIVATIONS["gelu"]}  # of queries, for `Memory`
@@ -414,16 +418,56 @@ def attend(
     *,
     how: Attention = PLAIN,
     bias: Array | None = None,
+    causal: bool = False,
 ) -> Array:
     """Attention of q [B T K G H] over k, v [B S K H] where mask [B T S] allows, and over every slot of the prefixes.
 
     Where each query has keys of its own, as beams have of what they wrote, k and v are [B*T S K H].
+    More scores than `SCORES` are made for a part of the queries at a time, and once more by the backward pass; `causal`
+    says that the mask hides keys [B T K H] after a query, so that no part reads beyond its last.
     A shared prefix [P K H] is never repeated over the batch: its scores and the real ones are arrays of their own under
     one softmax (He et al. 2021, eq. 5 is the same identity).  One with a `gate` has its own softmax and is added
     (Zhang et al. 2023, eq. 5-8); a `share` scales keys and values (UniPELT, Mao et al. 2022).  `bias` [K G T S] is
     added to the real scores; slots have no place among the tokens, and so none.  The softmax is
     float32; the result [B T K G H] has q's dtype.
     """
+    at_once = functools.partial(attend_at_once, how=how)
+    keys = k.shape[1] + sum(prefix.k.shape[-3] for prefix in prefixes)
+    if q.shape[1] * keys <= SCORES or len(k) != len(q):
+        return at_once(q, k, v, mask, prefixes, bias)
+
+    def part(start: int, stop: int, q, k, v, mask, prefixes, bias):  # cuts within, so that nothing cut is kept
+        here, seen = slice(start, stop), slice(stop if causal else None)
+        bias = None if bias is None else bias[..., here, seen]
+        prefixes = [at_queries(prefix, here) for prefix in prefixes]
+        return at_once(q[:, here], k[:, seen], v[:, seen], mask[:, here, seen], prefixes, bias)
+
+    inputs = q, k, v, mask, list(prefixes), bias
+    out = [jax.checkpoint(functools.partial(part, *ends))(*inputs) for ends in query_parts(q.shape[1])]
+    return jnp.concatenate(out, axis=1)
+
+
+def query_parts(queries: int) -> list[tuple[int, int]]:
+    """Where the parts begin and end that so many queries are taken in, as equal as can be."""
+    count = min(-(-queries // QUERIES), PARTS)
+    ends = [queries * n // count for n in range(count + 1)]
+    return list(itertools.pairwise(ends))
+
+
+def at_queries(prefix: KV, here: slice) -> KV:
+    """A prefix as some of the queries have it."""
+    mask, share, bias = prefix.mask, prefix.share, prefix.bias
+    return prefix.replace(
+        mask=mask[:, here] if mask is not None and mask.ndim == 3 else mask,
+        share=None if share is None else share[:, here],
+        bias=None if bias is None else bias[..., here, :],
+    )
+
+
+def attend_at_once(
+    q: Array, k: Array, v: Array, mask: Array, prefixes: Sequence[KV], bias: Array | None, how: Attention
+) -> Array:
+    """`attend` with the scores of all its queries."""
     q = scaled(q, how)
     beside = [slot_scores(q, prefix, how) for prefix in prefixes if prefix.gate is None]
     weights, total = exponentials([token_scores(q, k, mask, how, bias), *beside])
@@ -454,9 +498,11 @@ def attend_hooked(
     before: Sequence[KV | None] = (),
     how: Attention = PLAIN,
     bias: Array | None = None,
+    causal: bool = False,
 ) -> Array:
     """`attend` with what one layer's hooks have at an attention site; `before` are further slots, as a prompt's."""
-    return recall(attend(q, k, v, mask, slots_at(hooks, site, *before), how=how, bias=bias), q, hooks, site)
+    attended = attend(q, k, v, mask, slots_at(hooks, site, *before), how=how, bias=bias, causal=causal)
+    return recall(attended, q, hooks, site)
 
 
 def slots_at(hooks: LayerHooks, site: str, *before: KV | None) -> list[KV]:

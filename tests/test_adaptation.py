@@ -74,8 +74,9 @@ def test_empty_adaptation_is_the_model_bit_for_bit(twin, family, monkeypatch):
     batch = one_a_row(examples(5))
     ours = batch_logits(model, frozen, Adaptation(), batch)
 
-    def plain(q, k, v, mask, prefixes, *, how, bias):
+    def plain(q, k, v, mask, prefixes, *, how, bias, causal):
         assert not prefixes
+        assert causal
         assert how == nn.PLAIN
         assert bias is None
         scores = jnp.einsum("btkgh,bskh->bkgts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)

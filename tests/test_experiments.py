@@ -3,13 +3,16 @@
 import json
 import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from experiments import bench, compare, in_turn, peft_side, sst2, style
+from experiments import bench, compare, in_turn, peft_side, profiles, sst2, style
 from prefix_tuning.data import pipeline
 from prefix_tuning.files import read_lines
 
@@ -247,7 +250,7 @@ def test_bench_table_says_how_much_faster_and_how_much_larger():
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--parts=train,sing", "unknown --parts sing; valid: train, greedy, beam, texts, classify, start"),
+        ("--parts=train,sing", "unknown --parts sing; valid: train, greedy, beam, texts, classify, profile, start"),
         ("--model=gpt5", "unknown --model gpt5; valid: smollm2, gpt2, gpt2-medium, gpt2-large, bert, quickstart"),
         (
             "--parts=texts",
@@ -261,3 +264,138 @@ def test_bench_refuses_what_it_does_not_know(flag, message):
     bench.FLAGS.unparse_flags()
     with pytest.raises(SystemExit, match=re.escape(f"error: {message}")):
         bench.main(["bench", flag])
+
+
+class Told:
+    """A side that answers what it was told, and remembers what it was asked."""
+
+    def __init__(self, **answers):
+        self.answers, self.asked = answers, []
+
+    def ask(self, action, **values):
+        self.asked.append((action, values))
+        return {"peak": 7.0} if action == "memory" else self.answers[action]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """How both sides answer, and a subject whose validation split has three prompts."""
+
+    def tell(**sides):
+        monkeypatch.setattr(bench, "start", lambda side, *_: sides[side])
+        monkeypatch.setattr(bench, "write_task", lambda subject: Path("task.json"))
+
+    monkeypatch.setattr(bench.setup, "load_split", lambda *_: {"source": ["a", "b", "a", "c"]})
+    monkeypatch.setattr(bench.setup, "make_prompts", lambda base, rows: [[len(rows), i] for i, _ in enumerate(rows)])
+    decode = SimpleNamespace(max_new_tokens=9, end_tokens=(2,))
+    base = SimpleNamespace(decode=decode)
+    bench.FLAGS.unparse_flags()
+    bench.FLAGS(["bench", "--rounds=2", "--records=3", "--rows=2", "--new=4"])
+    return tell, bench.Subject("tiny", {"train": {"batch_size": 5}}, base, Path(), Path())
+
+
+def test_bench_writes_whole_texts_and_counts_what_each_side_wrote(told):
+    tell, subject = told
+    theirs = Told(load={}, texts={"tokens": [[5, 2], [6, 6, 2], [7]], "seconds": 2.0})
+    ours = Told(load={}, texts={"tokens": [[5, 2], [6, 2], [7]], "seconds": 1.0})
+    tell(PEFT=theirs, ours=ours)
+    greedy, beams = bench.texts(subject)
+    assert (greedy.part, greedy.batch, beams.part, beams.batch) == (
+        "texts of 3 records, greedy",
+        2,
+        "texts of 3 records, 5 beams",
+        4,
+    )
+    assert greedy.values == {"PEFT": [3.0, 3.0], "ours": [5.0, 5.0]}  # tokens a second, of each round
+    assert greedy.agreement == "2 of 3 texts equal"
+    prompts = [[3, 0], [3, 1], [3, 2]]
+    asked = {"prompts": prompts, "beams": 1, "new": 9, "end": [2], "rows": 2}
+    assert theirs.asked[:2] == [("load", {}), ("texts", asked)]
+    assert ours.asked[1:4] == [("texts", asked)] * 3  # one of them compiles
+    assert [values["beams"] for action, values in ours.asked if action == "texts"] == [1, 1, 1, 5, 5, 5]
+
+
+def test_bench_refuses_more_prompts_than_there_are(told):
+    _, subject = told
+    with pytest.raises(SystemExit, match=r"error: 4 prompts are asked for; the validation split of tiny's data has 3"):
+        bench.first_prompts(subject, 4)
+
+
+def test_bench_profiles_a_step_and_decoding_on_each_side(told, monkeypatch):
+    tell, subject = told
+    kinds = dict.fromkeys(profiles.KINDS, 0.0) | {"matrix products": 1.5, "waiting": 0.5}
+    sides = {name: Told(load={}, train={}, generate={}, profile={"kinds": kinds}) for name in bench.SIDES}
+    tell(**sides)
+    monkeypatch.setattr(bench, "batches", lambda *_: ([], [Path("own.npz")]))
+    found = list(bench.profile(subject, Path()))
+    assert [(one.side, one.what, one.batch) for one in found] == [
+        (side, *what) for side in bench.SIDES for what in (("a step", 5), ("4 tokens, greedy", 2))
+    ]
+    line = "| a step | tiny | 5 | PEFT | 2 | 75 % | 0 % | 0 % | 0 % | 25 % |"
+    assert bench.profile_table(found[:1]).splitlines()[-1] == line
+    for side in sides.values():
+        step, text = (values for action, values in side.asked if action == "profile")
+        assert step == {"what": "train", "batch": "own.npz"}
+        assert text == {"what": "generate", "prompts": [[2, 0], [2, 1]], "beams": 1, "new": 4, "end": [2]}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ynn_fusion.12", "matrix products"),
+        ("dot_general.3", "matrix products"),
+        ("void cutlass::Kernel2", "matrix products"),
+        ("aten::addmm", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("copy_bitcast_fusion.7", "copies"),
+        ("bitcast_dynamic-update-slice_fusion", "copies"),
+        ("aten::copy_", "copies"),
+        ("multiply_bitcast_fusion.1", "other"),
+        ("aten::gelu", "other"),
+    ],
+)
+def test_kinds_of_operations(name, kind):
+    assert profiles.kind(name) == kind
+
+
+def test_operations_end_where_the_trace_says_so():
+    """On a CPU at their "end:" events, on a GPU after their own time; what is around others is left out."""
+
+    def event(name, start, duration, pid=1, **args):
+        return {"ph": "X", "name": name, "ts": start, "dur": duration, "pid": pid, "args": args}
+
+    host = [
+        event("end: dot.1", 9e6, 1e6),
+        event("dot.1", 1e6, 2e6, device_ordinal="0"),
+        event("while.2", 0, 9e6, device_ordinal="0"),
+        event("add_fusion", 2e6, 1e6, device_ordinal="0"),
+        event("end: add_fusion", 3e6, 0),
+        event("end: while.2", 9e6, 0),
+        event("$python", 0, 9e6),
+    ]
+    assert profiles.operations(host) == [(2.0, 3.0, "add_fusion"), (1.0, 10.0, "dot.1")]
+    name = {"ph": "M", "name": "process_name", "pid": 2, "args": {"name": "/device:GPU:0"}}
+    assert profiles.operations([name, *host, event("gemm", 4e6, 2e6, pid=2)]) == [(4.0, 6.0, "gemm")]
+
+
+def test_time_is_divided_among_what_runs():
+    """Nothing is lost or counted twice: what runs beside a product is hidden, others share."""
+    spans = [(1.0, 3.0, "dot"), (2.0, 5.0, "add_fusion"), (4.0, 6.0, "copy"), (8.0, 9.0, "copy")]
+    found = profiles.by_kind(spans, 10.0)
+    assert found == {"matrix products": 2.0, "attention": 0.0, "copies": 2.5, "other": 1.5, "waiting": 4.0}
+
+
+def test_what_xla_runs_is_traced():
+    x = np.ones((600, 600), np.float32)
+    both = jax.jit(lambda x: jnp.sort(x @ x, axis=0))
+    both(x).block_until_ready()
+    found = profiles.traced(lambda: both(x))
+    assert set(found) == set(profiles.KINDS)
+    assert found["matrix products"] > 0
+    assert found["other"] > 0

@@ -86,6 +86,15 @@ def test_operations_are_counted_over_all_layers_and_prefixes():
     assert 1.5 < one / growth.operations(point, forward=True) <= 2.2
 
 
+def test_each_device_has_its_rows_and_its_share_of_the_weights():
+    point = growth.Point(batch=4, length=16, layers=2)
+    alone, half = growth.at(point), growth.at(point._replace(devices=2))
+    assert half.kept == growth.at(point._replace(batch=2)).kept
+    assert half.state == alone.state
+    assert 0.5 < half.weights / alone.weights < 0.51  # norms are whole on each
+    assert growth.operations(point._replace(devices=2)) == growth.operations(point._replace(batch=2))
+
+
 def test_what_is_measured_is_a_step_of_the_sizes_that_are_counted():
     given, counted = growth.real_rows(2, 12), growth.rows(2, 12)
     like = lambda batch: jax.tree.map(lambda x: (x.shape, x.dtype), batch)  # noqa: E731

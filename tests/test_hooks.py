@@ -529,6 +529,41 @@ def test_masked_slots_have_no_slope():
         np.testing.assert_array_equal((np.abs(slope) > 0).all((2, 3)), prefix.mask)
 
 
+def test_queries_in_parts_attend_as_all_at_once(monkeypatch):
+    """Values and slopes; with masks, shares and biases of each query, and gates."""
+    q, k, v, mask, prefixes, share = attention_inputs(4)
+    rng = np.random.default_rng(5)
+    k, v, mask = k[:, :T], v[:, :T], np.tril(mask[:, :, :T]) | np.eye(T, dtype=bool)
+    heads = q.shape[2:4]
+    each = prefixes[1].replace(mask=rng.random((len(q), T, P)) < 0.6, bias=rng.normal(size=(*heads, T, P)))
+    prefixes = [prefix.replace(share=share) for prefix in (*prefixes, each)]
+    bias, weights = rng.normal(size=(*heads, T, T)), rng.normal(size=q.shape)
+    floats, rest = with_slopes(prefixes)
+
+    def found(queries, causal):
+        monkeypatch.setattr(nn, "QUERIES", queries)
+        monkeypatch.setattr(nn, "SCORES", 0 if queries < T else nn.SCORES)
+
+        def weighed(q, k, v, floats, bias):
+            prefixes = jax.tree.map(lambda x, y: y if x is None else x, floats, rest, is_leaf=lambda x: x is None)
+            return (weights * nn.attend(q, k, v, mask, prefixes, bias=bias, causal=causal)).sum()
+
+        compiled = jax.jit(jax.value_and_grad(weighed, range(5))).lower(q, k, v, floats, bias).compile()
+        return compiled(q, k, v, floats, bias), compiled.cost_analysis()["flops"]
+
+    (at_once, _), (parts, all_keys), (causal, some_keys) = found(T, False), found(3, False), found(3, True)
+    for other in (parts, causal):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), other, at_once)
+    assert some_keys < all_keys
+
+
+def with_slopes(tree):
+    """The leaves of a tree that have slopes, and the others, each with None in place of the rest."""
+    real = jax.tree.map(lambda x: np.issubdtype(x.dtype, np.floating), tree)
+    floats = jax.tree.map(lambda x, own: x if own else None, tree, real)
+    return floats, jax.tree.map(lambda x, own: None if own else x, tree, real)
+
+
 @pytest.mark.parametrize("feature", ["elu", "gelu"])
 def test_memory_is_what_the_loops_say(feature):
     rng = np.random.default_rng(0)

@@ -90,6 +90,16 @@ def test_logits_equal_transformers(twin, variant):
     assert ("unembedding" in frozen) == ("untied" in options)
 
 
+@BOTH
+def test_long_rows_are_attended_in_parts(twin, monkeypatch, family):
+    _, _, model, frozen = twin(family)
+    prefix = random_prefixes(model)
+    at_once = ours(model, frozen, prefix)
+    monkeypatch.setattr(nn, "QUERIES", 2)
+    monkeypatch.setattr(nn, "SCORES", 0)
+    close(ours(models.build(model.config), frozen, prefix), at_once, 5e-6)
+
+
 def test_far_positions_share_buckets():
     """Every distance in both directions, and beyond the farthest, is in the bucket that transformers puts it in."""
     distance = np.arange(-300, 301)

@@ -111,10 +111,10 @@ def build(
         return layer.combine(weights, hooks, stream.x, attended), seen
 
     def among(mask: Array, before: KV | None = None) -> Callable:
-        """Attention of tokens to each other where mask [B T T] allows, and to the slots that a prompt became."""
+        """Attention of tokens to those before them where mask [B T T] allows, and to the slots that a prompt became."""
 
         def attention(hooks, q, k, v):
-            attended = nn.attend_hooked(q, k, v, mask, hooks, "self", before=[before], how=how)
+            attended = nn.attend_hooked(q, k, v, mask, hooks, "self", before=[before], how=how, causal=True)
             return attended, Attended(q, KV(k, v), before, nn.slots_at(hooks, "self", before))
 
         return attention

@@ -107,7 +107,8 @@ def build(
             hooks = hooks.replace(kv=hooks.kv | {"self": place(hooks.kv["self"])})
         q, k, v = writing.queries(weights, hooks, x)
         kept, own = store(k, v)
-        attended = nn.attend_hooked(q, own.k, own.v, mask, hooks, "self", how=how, bias=added)
+        causal = own is kept  # and not a cache, whose slots are in no order
+        attended = nn.attend_hooked(q, own.k, own.v, mask, hooks, "self", how=how, bias=added, causal=causal)
         x = writing.combine(weights, hooks, x, attended)
         asked = writing.cross_queries(weights, hooks, x)
         found = nn.attend_hooked(asked, source.kv.k, source.kv.v, source.mask, hooks, "cross", how=how)
@@ -272,4 +273,5 @@ def before(adaptation: Adaptation) -> int:
 
 def as_they_are(k: Array, v: Array) -> tuple[KV, KV]:
     """Keys and values that nobody stores."""
-    return KV(k, v), KV(k, v)
+    kv = KV(k, v)
+    return kv, kv
