@@ -16,11 +16,10 @@ import numpy as np
 from datasets import Dataset
 
 from experiments import growth, in_turn, profiles
-from prefix_tuning import data, decode, optimizer, parallel, setup, stream
+from prefix_tuning import data, decode, optimizer, parallel, setup, stream, torchless
 from prefix_tuning.data import pipeline
 from prefix_tuning.evaluate import MULTIPLE
 from prefix_tuning.interop import peft
-from prefix_tuning.models import loading
 from prefix_tuning.train_step import make_train_step
 from prefix_tuning.types import Adaptation, Batch, Params, TrainState
 
@@ -142,7 +141,7 @@ class Side:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault(loading.WITHOUT_TORCH, "1")  # as in run.py
+    os.environ.setdefault(torchless.WITHOUT_TORCH, "1")  # as in run.py
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not be taken for an answer
     side = Side(json.loads(Path(sys.argv[1]).read_text()))
     actions = ("load", "train", "operations", "generate", "texts", "profile", "memory")

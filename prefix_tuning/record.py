@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tensorboardX
 
 from prefix_tuning import hosts
 from prefix_tuning.errors import UserError
 from prefix_tuning.files import guarded, read_json, read_lines, replace, write_json
+from prefix_tuning.torchless import without_torch
+
+with without_torch():
+    import tensorboardX
 
 WORKDIR = "a workdir made by 'run.py train'"
 LAYOUT = ("parallel", "mesh")

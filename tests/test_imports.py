@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
     ("errors",),
-    ("bootstrap", "compiled", "files", "hosts", "page", "registry", "template"),
+    ("bootstrap", "compiled", "files", "hosts", "page", "registry", "template", "torchless"),
     ("types",),
     ("nn",),
     ("models", "methods", "objectives", "data", "metrics"),

@@ -19,7 +19,7 @@ import transformers
 
 import prefix_tuning
 import run
-from prefix_tuning import compiled, models, progress, setup
+from prefix_tuning import compiled, models, progress, setup, torchless
 from prefix_tuning import train as loop
 from prefix_tuning.errors import UserError
 from prefix_tuning.files import read_lines
@@ -503,14 +503,15 @@ def test_compiled_programs_are_kept_where_the_environment_says(monkeypatch):
 
 
 def test_commands_do_without_torch_where_it_is_installed():
-    """Which transformers would import for a tokenizer; who wants it still can."""
+    """Which transformers would import for a tokenizer, and tensorboardX at once; who wants it still can."""
     program = f"""
 import sys
+from prefix_tuning import inspection, report, sweep, train
 from prefix_tuning.models import loading
 assert loading.load_tokenizer(loading.find_folder({str(ROOT / "configs/quickstart_assets/model")!r})) is not None
 print("torch" in sys.modules)
 import torch
 """
-    environment = os.environ | {loading.WITHOUT_TORCH: "1"}
+    environment = os.environ | {torchless.WITHOUT_TORCH: "1"}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")

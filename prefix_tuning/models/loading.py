@@ -9,7 +9,6 @@ import math
 import mmap
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -28,6 +27,7 @@ from prefix_tuning import models
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.files import read_json
 from prefix_tuning.models import gguf
+from prefix_tuning.torchless import without_torch
 from prefix_tuning.types import Model, Params, Quantised, Spec
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -41,7 +41,6 @@ TABLES = ("embedding", "unembedding")
 ROWS = 4096  # of a table that are read at once to be quantised
 ALIGNED = 64  # bytes: an array that begins at a multiple of them is a CPU device's own without being copied
 Index = tuple[slice, ...]  # one slice per axis
-WITHOUT_TORCH = "PREFIX_TUNING_WITHOUT_TORCH"  # in the environment: see `hide_torch`
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # what a folder of the hub is fetched for
 
 
@@ -110,8 +109,7 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
         for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
     ):
         return None
-    if os.environ.get(WITHOUT_TORCH):
-        hide_torch()
+    hide_torch()
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the file's parser does
@@ -119,19 +117,14 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
 
 
 def hide_torch() -> None:
-    """Lets transformers take torch for absent, for as long as this process lives, unless something has imported it.
+    """Lets transformers take torch for absent, where `without_torch` does, for as long as this process lives.
 
-    What is used of transformers here needs no torch, but where torch is installed a tokenizer's configuration imports
-    it, which takes longer than all else that is imported, and memory that stays taken.  Others may still import torch.
+    What is used of transformers here needs no torch, which a tokenizer's configuration would import.
     """
     available = transformers.utils.is_torch_available
-    if "torch" not in sys.modules and available():
-        available.cache_clear()
-        sys.modules["torch"] = None
-        try:
-            available()
-        finally:
-            del sys.modules["torch"]
+    available.cache_clear()
+    with without_torch():
+        available()
 
 
 def is_gguf(path: Path) -> bool:
