@@ -25,7 +25,7 @@ ACTIVATIONS = {
 
 QUERIES = 128  # of a row that attention takes at once where there is much to score
 PARTS = 16  # that a row's queries are taken in at most, since each is compiled
-SCORES = 2 * QUERIES**2  # of a row and head that are kept for the backward pass
+SCORES = 8 * QUERIES**2  # of a row and head that are kept for the backward pass
 DATA = "data"  # the axis of a mesh that rows are spread over
 Written = tuple[tuple[Array, ...], tuple[Array, ...]]  # keys and values, as `unwritten` makes them
 FEATURES = {"elu": jax.nn.elu, "gelu": ACTIVATIONS["gelu"]}  # of queries, for `Memory`
