@@ -16,7 +16,7 @@ Each side is a process of its own, so that peak memory is its own, and waits whi
 - classify: a step on SST-2 with a head, for `bert`, batches of 32.
 - profile: where the time of a step on the same batch, and of greedy decoding, goes on each side, by the names that XLA
   and torch give to operations: products of matrices (attention's too, where it is no operation of its own), those
-  that only move numbers, the others, and none at all.
+  that only move numbers, the others, and none at all.  One run of each, whatever `--rounds` says.
 - start: from the start of a process to the end of its first step, ours without and with a filled compilation cache,
   and how long loading weights and adapter takes of it.
 

@@ -229,6 +229,8 @@ def real_rows(batch: int, length: int) -> Batch:
 
 def run(point: Point, dtype: str, config: dict[str, Any] = SMALL) -> dict[str, float]:
     """The seconds of a step, and the MiB that this process has held; random weights."""
+    if point.devices != 1:
+        sys.exit(f"error: a step is measured on one device, not on {point.devices}")
     model = models.build(config | {"num_hidden_layers": point.layers})
     method = made("prefix", {"length": point.prefix, "init": "random"})
     frozen = jax.tree.map(lambda x: x.astype(dtype), loading.initialise(jax.random.key(0), model))

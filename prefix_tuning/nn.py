@@ -429,8 +429,10 @@ def attend(
     one softmax (He et al. 2021, eq. 5 is the same identity).  One with a `gate` has its own softmax and is added
     (Zhang et al. 2023, eq. 5-8); a `share` scales keys and values (UniPELT, Mao et al. 2022).  `bias` [K G T S] is
     added to the real scores; slots have no place among the tokens, and so none.  The softmax is
-    float32; the result [B T K G H] has q's dtype.
+    float32; the result [B T K G H] has q's dtype.  Raises `UserError` for `causal` with unequal numbers of both.
     """
+    if causal and k.shape[1] != q.shape[1]:
+        raise UserError(f"causal attention of {q.shape[1]} queries over {k.shape[1]} keys; expected as many of both")
     at_once = functools.partial(attend_at_once, how=how)
     keys = k.shape[1] + sum(prefix.k.shape[-3] for prefix in prefixes)
     if q.shape[1] * keys <= SCORES or len(k) != len(q):

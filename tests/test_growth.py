@@ -95,6 +95,11 @@ def test_each_device_has_its_rows_and_its_share_of_the_weights():
     assert growth.operations(point._replace(devices=2)) == growth.operations(point._replace(batch=2))
 
 
+def test_a_step_is_measured_on_one_device():
+    with pytest.raises(SystemExit, match="error: a step is measured on one device, not on 2"):
+        growth.run(growth.Point(devices=2), "float32", TINY)
+
+
 def test_what_is_measured_is_a_step_of_the_sizes_that_are_counted():
     given, counted = growth.real_rows(2, 12), growth.rows(2, 12)
     like = lambda batch: jax.tree.map(lambda x: (x.shape, x.dtype), batch)  # noqa: E731

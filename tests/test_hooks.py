@@ -557,6 +557,20 @@ def test_queries_in_parts_attend_as_all_at_once(monkeypatch):
     assert some_keys < all_keys
 
 
+def test_parts_hold_all_queries_and_are_not_too_many():
+    assert nn.query_parts(nn.QUERIES) == [(0, nn.QUERIES)]
+    for queries in (nn.QUERIES + 1, 10 * nn.QUERIES, 1000 * nn.QUERIES):
+        parts = nn.query_parts(queries)
+        assert [t for part in parts for t in range(*part)] == list(range(queries))
+        assert len(parts) == min(-(-queries // nn.QUERIES), nn.PARTS)
+
+
+def test_causal_attention_has_a_key_for_each_query():
+    q, k, v, mask, *_ = attention_inputs(0)
+    with pytest.raises(UserError, match=f"causal attention of {T} queries over {k.shape[1]} keys; expected as many"):
+        nn.attend(q, k, v, mask, causal=True)
+
+
 def with_slopes(tree):
     """The leaves of a tree that have slopes, and the others, each with None in place of the rest."""
     real = jax.tree.map(lambda x: np.issubdtype(x.dtype, np.floating), tree)
