@@ -162,7 +162,7 @@ SEQ2SEQ = {
 # The files that take longest, in their order: a worker gets whole files, and one that begins last is waited for.
 LONGEST = (
     "seq2seq methods sharded population hosts run hooks tasks tables peft_kinds decode publish sharded_hosts models "
-    "accounting sweep population_hosts stream configs quantised quickstart encoders kv inspection train_step selection "
+    "accounting sweep stream configs quantised quickstart encoders kv inspection train_step selection "
     "vocabulary method_options metrics_triples adaptation prefix growth compare_runs metrics merged peft windows"
 ).split()
 

@@ -2,9 +2,9 @@
 
     python tests/hosts_processes.py '[{"name": "a", "count": 2, "devices": 4, "arguments": ["train", ...], "lose": 1}]'
 
-Each job in turn: `count` processes with `devices` CPU devices each run the command line with these arguments, the one
-numbered `lose` dies by SIGKILL in its sixth step.  What they print goes to NAME.INDEX.out and .err in this folder; the
-exit codes and seconds of all jobs go to standard output as JSON.
+Each job in turn: `count` processes with `devices` CPU devices each run the command line with these arguments, or `meet`
+without any; the one numbered `lose` dies by SIGKILL in its sixth step.  What they print goes to NAME.INDEX.out and .err
+in this folder; the exit codes and seconds of all jobs go to standard output as JSON.
 """
 
 import gc
@@ -16,10 +16,13 @@ import socket
 import sys
 import time
 
+import numpy as np
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import run
-from prefix_tuning import api, population, train  # noqa: F401 (imported before forking)
+from prefix_tuning import api, hosts, population, progress, train  # noqa: F401 (imported before forking)
+from prefix_tuning.errors import UserError
 
 gc.disable()  # these processes are short, and each would copy what it goes through
 
@@ -39,6 +42,51 @@ def dies(number):
     population.Single.advance = counted
 
 
+def refused(function, *arguments, **options):
+    """What it raises."""
+    try:
+        function(*arguments, **options)
+    except UserError as error:
+        return str(error)
+
+
+def wrong():
+    raise UserError("it is wrong")
+
+
+def meet(address):
+    """Prints what every meeting gave as JSON; then the first process dies, and the others find out; never returns."""
+    hosts.start(address)
+    own, rounds = hosts.index(), []
+    found = {
+        "gathered": hosts.gather({"own": own, "long": "x" * own * 1000}),
+        "agreed": hosts.agreed(lambda: {"own": own}),
+        "refused": refused(hosts.agreed, wrong),
+        "same": refused(hosts.same, one=1, other=own),
+        "collected": {n: x.tolist() for n, x in sorted(hosts.collected({own: np.full(own, -np.inf)}).items())},
+        "shared": list(hosts.shared_out("abcdefghij", lambda: rounds.append(1))),
+        "rounds": len(rounds),
+    }
+    with progress.Stop() as stop:
+        for number in range(20):
+            if number == 7 and own == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                stop.check()
+            except progress.Interrupted as error:
+                found["stopped"] = [number, error.args[0]]
+                break
+    print(json.dumps(found), flush=True)
+    hosts.gather(None)  # all have printed it
+    if own == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        while True:
+            hosts.gather(None)
+    except Exception as error:
+        hosts.leave(1, hosts.lost(error))
+
+
 def one(job, index, port):
     """A process of a job; never returns."""
     for number, name in ((1, "out"), (2, "err")):
@@ -46,7 +94,10 @@ def one(job, index, port):
     os.environ["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={job['devices']}"
     if job.get("lose") == index:
         dies(6)
-    code = run.main([*job["arguments"], f"--hosts=localhost:{port},{job['count']},{index}"])
+    address = f"localhost:{port},{job['count']},{index}"
+    if "arguments" not in job:
+        meet(address)
+    code = run.main([*job["arguments"], f"--hosts={address}"])
     sys.stdout.flush()
     os._exit(code)
 

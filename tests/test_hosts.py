@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import safetensors.numpy
 from test_run import folder, settings, untimed  # noqa: F401 (a fixture among them)
 
 import run
-from prefix_tuning import api, hosts, parallel
+from prefix_tuning import hosts, parallel
 from prefix_tuning import train as loop
 from prefix_tuning.data import pipeline
 from prefix_tuning.errors import UserError
@@ -32,65 +31,14 @@ SHORT = {  # without dropout, which each device draws for itself, the number of 
 }
 SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
 NAMED = {"JAX_COORDINATOR_ADDRESS": "here:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
-MEETING = """
-import json, os, signal, sys
+RUNS = {"short": {"method.length": 2}, "long": {"method.length": 4, "seed": 5}}
+SWEEP = """
 
-import numpy as np
-
-from prefix_tuning import hosts, progress
-from prefix_tuning.errors import UserError
-
-hosts.start(sys.argv[1])
-own = hosts.index()
-
-
-def refused(function, *arguments, **options):
-    try:
-        function(*arguments, **options)
-    except UserError as error:
-        return str(error)
-
-
-def wrong():
-    raise UserError("it is wrong")
-
-
-rounds = []
-found = {
-    "gathered": hosts.gather({"own": own, "long": "x" * own * 1000}),
-    "agreed": hosts.agreed(lambda: {"own": own}),
-    "refused": refused(hosts.agreed, wrong),
-    "same": refused(hosts.same, one=1, other=own),
-    "collected": {n: x.tolist() for n, x in sorted(hosts.collected({own: np.full(own, -np.inf)}).items())},
-    "shared": list(hosts.shared_out("abcdefghij", lambda: rounds.append(1))),
-    "rounds": len(rounds),
-}
-with progress.Stop() as stop:
-    for number in range(20):
-        if number == 7 and own == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        try:
-            stop.check()
-        except progress.Interrupted as error:
-            found["stopped"] = [number, error.args[0]]
-            break
-print(json.dumps(found), flush=True)
-hosts.gather(None)  # all have printed it
-if own == 0:
-    os.kill(os.getpid(), signal.SIGKILL)
-try:
-    while True:
-        hosts.gather(None)
-except Exception as error:
-    hosts.leave(1, hosts.lost(error))
+def sweep(add):
+    for name, overrides in {runs}.items():
+        add(name, overrides)
 """
-
-
-@pytest.fixture
-def environment():
-    """Of processes that are started here: their number of devices is their own."""
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    return os.environ | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}
+SELECT = {"evaluation.metrics": (), "train.eval_every": 3, "train.checkpoint_every": 3}
 
 
 @pytest.mark.parametrize(
@@ -178,43 +126,6 @@ def test_the_parts_of_a_batch_are_its_rows_in_order(kind):
     }
 
 
-def test_processes_meet_and_end_together(tmp_path, environment):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", MEETING, f"{address},3,{i}"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(3)
-    ]
-    try:
-        ends = [process.communicate(timeout=TIMEOUT) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    found = [json.loads(out) for out, _ in ends]  # Gloo's own words are not among the results
-    for index, one in enumerate(found):
-        assert one["gathered"] == [{"own": i, "long": "x" * i * 1000} for i in range(3)]
-        assert one["agreed"] == {"own": 0}
-        assert one["refused"] == "it is wrong"
-        assert one["same"].startswith("the 3 hosts differ in other: 0, 1, 2; expected")
-        assert one["collected"] == {str(i): [-np.inf] * i for i in range(3)}
-        assert one["shared"] == [[n, "abcdefghij"[n]] for n in range(index, 10, 3)]
-        assert one["rounds"] == 4
-        assert one["stopped"] == [8, 128 + signal.SIGTERM]
-    assert processes[0].returncode == -signal.SIGKILL
-    assert ends[0][1].splitlines()[-1].startswith("error: process 0 of 3 was killed, or ended by JAX ")
-    for process, (_, err) in list(zip(processes, ends, strict=True))[1:]:
-        assert process.returncode not in (0, None)
-        assert err.splitlines()[-1].startswith("error: process ")
-        assert err.splitlines()[-1].endswith(f"; {hosts.AGAIN}")
-
-
 def finish(jobs, root, wait_for=""):
     """What tests/hosts_processes.py says of these jobs; one that is to be lost dies once there is such a path."""
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
@@ -236,7 +147,10 @@ def finish(jobs, root, wait_for=""):
 
 @pytest.fixture(scope="module")
 def runs(folder, tmp_path_factory):  # noqa: F811
-    """A folder in which two processes have trained until one was killed, and four have gone on; beside it one's run."""
+    """A folder in which two processes have trained until one was killed, and two with more devices have gone on.
+
+    Beside it what one process made of the same, and two of several runs in one step; three have met.
+    """
     root = tmp_path_factory.mktemp("hosts")
     alone = loop.train(
         settings(folder, **{key.replace(".", "__"): value for key, value in SHORT.items()}), root / "alone"
@@ -244,19 +158,45 @@ def runs(folder, tmp_path_factory):  # noqa: F811
     config = [f"--config={folder}/config.py", *(f"--config.{key}={value}" for key, value in SHORT.items())]
     workdir = f"--workdir={root}/w"
     files = [f"--input={folder}/data/test.jsonl", f"--output={root}/out.jsonl"]
+    text = (folder / "config.py").read_text().replace("samples=1", 'samples=1, select="loss"')
+    (root / "sweep.py").write_text(text + SWEEP.format(runs=RUNS))
+    several = [f"--config={root}/sweep.py", *(f"--config.{key}={value}" for key, value in (SHORT | SELECT).items())]
+    several += [f"--workdir={root}/several", f"--runs={','.join(RUNS)}"]
     jobs = [
+        {"name": "meet", "count": 3, "devices": 1},
         {"name": "two", "count": 2, "devices": 1, "arguments": ["train", *config, workdir], "lose": 1},
-        {"name": "four", "count": 4, "devices": 1, "arguments": ["train", *config, workdir]},
-        {"name": "eval", "count": 2, "devices": 2, "arguments": ["eval", workdir, "--split=validation"]},
-        {"name": "generate", "count": 2, "devices": 1, "arguments": ["generate", workdir, *files]},
+        {"name": "more", "count": 2, "devices": 2, "arguments": ["train", *config, workdir]},
+        {"name": "generate", "count": 2, "devices": 2, "arguments": ["generate", workdir, *files]},
         {
             "name": "nowhere",
             "count": 2,
             "devices": 1,
             "arguments": ["generate", workdir, files[0], "--output=no/where"],
         },
+        {"name": "several", "count": 2, "devices": 2, "arguments": ["train", *several]},
     ]
     return root, alone, finish(jobs, root, wait_for=f"{root}/w/checkpoints/3")
+
+
+def test_processes_meet_and_end_together(runs):
+    root, _, ends = runs
+    found = [json.loads((root / f"meet.{i}.out").read_text()) for i in range(3)]  # Gloo's own words are no result
+    for index, one in enumerate(found):
+        assert one["gathered"] == [{"own": i, "long": "x" * i * 1000} for i in range(3)]
+        assert one["agreed"] == {"own": 0}
+        assert one["refused"] == "it is wrong"
+        assert one["same"].startswith("the 3 hosts differ in other: 0, 1, 2; expected")
+        assert one["collected"] == {str(i): [-np.inf] * i for i in range(3)}
+        assert one["shared"] == [[n, "abcdefghij"[n]] for n in range(index, 10, 3)]
+        assert one["rounds"] == 4
+        assert one["stopped"] == [8, 128 + signal.SIGTERM]
+    said = [(root / f"meet.{i}.err").read_text().splitlines()[-1] for i in range(3)]
+    assert ends["meet"][0][0] == -signal.SIGKILL
+    assert said[0].startswith("error: process 0 of 3 was killed, or ended by JAX ")
+    for code, line in zip(ends["meet"][0][1:], said[1:], strict=True):
+        assert code != 0
+        assert line.startswith("error: process ")
+        assert line.endswith(f"; {hosts.AGAIN}")
 
 
 def test_one_lost_ends_the_others_with_a_word(runs):
@@ -270,10 +210,10 @@ def test_one_lost_ends_the_others_with_a_word(runs):
     assert last.endswith("; the same command on all hosts goes on from the last checkpoint")
 
 
-def test_another_number_of_processes_goes_on_as_one_process_would(runs):
+def test_more_devices_go_on_as_one_process_would(runs):
     root, alone, ends = runs
-    assert ends["four"][0] == [0] * 4, (root / "four.0.err").read_text()
-    first = (root / "four.0.err").read_text()
+    assert ends["more"][0] == [0, 0], (root / "more.0.err").read_text()
+    first = (root / "more.0.err").read_text()
     assert "going on after step 3" in first
     lines, wanted = untimed(root / "w"), untimed(root / "alone")
     assert [line.keys() for line in lines] == [line.keys() for line in wanted]
@@ -288,17 +228,6 @@ def test_another_number_of_processes_goes_on_as_one_process_would(runs):
         np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-5)
     summary = json.loads((root / "w" / "summary.json").read_text())
     assert summary["tuned"] == pytest.approx(alone["tuned"], rel=1e-5)
-
-
-def test_an_evaluation_is_shared_out(runs):
-    root, _, ends = runs
-    assert ends["eval"][0] == [0, 0], (root / "eval.0.err").read_text()
-    told = json.loads((root / "eval.0.out").read_text())
-    predictions = read_lines(root / "w" / "predictions" / "validation.jsonl")
-    assert told == json.loads((root / "w" / "eval_validation.json").read_text())
-    assert told == api.evaluate_workdir(root / "w", "validation")
-    assert read_lines(root / "w" / "predictions" / "validation.jsonl") == predictions
-    assert (root / "eval.1.out").read_text() == ""
 
 
 def test_what_is_generated_is_one_file_in_order(runs):
@@ -322,8 +251,35 @@ def test_what_cannot_be_written_ends_all(runs):
 
 def test_the_first_process_speaks_for_all(runs):
     root, _, _ = runs
-    assert "tuned" in (root / "four.0.out").read_text()
-    for index in (1, 2, 3):
-        assert (root / f"four.{index}.out").read_text() == ""
-        assert "step" not in (root / f"four.{index}.err").read_text()
-    assert json.loads((root / "w" / "environment.json").read_text())["hosts"] == 4
+    assert "tuned" in (root / "more.0.out").read_text()
+    assert (root / "more.1.out").read_text() == ""
+    assert "step" not in (root / "more.1.err").read_text()
+    assert json.loads((root / "w" / "environment.json").read_text())["hosts"] == 2
+
+
+def test_two_processes_train_several_runs_in_one_step(folder, runs):  # noqa: F811
+    """On two devices each: every device of a host has one of the runs, and every host half of each one's rows.
+
+    Both keep their best state beside their checkpoints, in the same step.
+    """
+    root, _, ends = runs
+    assert ends["several"][0] == [0, 0], (root / "several.0.err").read_text()
+    made = SHORT | SELECT | {"evaluation.select": "loss"}
+    configs = [
+        settings(folder, **{key.replace(".", "__"): x for key, x in (made | own).items()}) for own in RUNS.values()
+    ]
+    summaries = loop.train_together(configs, [root / "one" / name for name in RUNS])
+    for name, summary in zip(RUNS, summaries, strict=True):
+        one, two = root / "one" / name, root / "several" / name
+        lines, wanted = untimed(two), untimed(one)
+        assert [line.keys() for line in lines] == [line.keys() for line in wanted]
+        for line, other in zip(lines, wanted, strict=True):
+            assert line == pytest.approx(other, rel=1e-4, abs=1e-6)
+        ours, theirs = (
+            safetensors.numpy.load_file(path / "adapter" / "adapter_model.safetensors") for path in (two, one)
+        )
+        for key, value in theirs.items():
+            np.testing.assert_allclose(ours[key], value, rtol=0, atol=1e-5)
+        assert summary["population"] == 2
+    assert not (root / "several.1.out").read_text()
+    assert len(read_lines(root / "several" / "long" / "metrics.jsonl")) > 3

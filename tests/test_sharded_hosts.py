@@ -1,13 +1,13 @@
 """Weights split over the devices of two processes: all is as in one, which may begin or finish what two have not."""
 
 import json
+import shutil
 import types
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import interrupt
 from test_hosts import finish
 from test_run import folder, untimed  # noqa: F401 (a fixture among them)
 
@@ -16,11 +16,10 @@ from prefix_tuning import hosts, parallel
 from prefix_tuning import train as loop
 from prefix_tuning.data.pipeline import Part
 from prefix_tuning.files import read_lines
-from prefix_tuning.progress import Interrupted
 
 SHORT = {"train.epochs": 2, "train.shapes": 1, "decode.max_new_tokens": 3}
 TUNED = {"evaluation.metrics": (), "train.eval_every": 100}  # of fine-tuning, whose state is what is in shards
-PREFIX = {"evaluation.metrics": ("exact_match",), "train.accumulate": 2, "method.dropout": 0.2}
+PREFIX = {"evaluation.metrics": ("exact_match",), "train.accumulate": 2, "method.dropout": 0.2, "train.keep": 3}
 
 
 def flags(options):
@@ -35,6 +34,15 @@ def told(config, options):
     return made.to_dict()
 
 
+def begin(workdir, finished):
+    """Makes the workdir of a finished run that was killed after its third step, and had decoded the untuned model."""
+    shutil.copytree(finished, workdir)
+    later = {"checkpoints": {"3"}, "predictions": {"untuned.jsonl"}, "adapter": set()}
+    gone = [path for name, kept in later.items() for path in (workdir / name).iterdir() if path.name not in kept]
+    for path in (*gone, workdir / "summary.json", workdir / "eval_test.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @pytest.fixture(scope="module")
 def runs(folder, tmp_path_factory):  # noqa: F811
     """A folder with runs that one process has begun and two have finished, and the other way round; and one's own."""
@@ -43,24 +51,18 @@ def runs(folder, tmp_path_factory):  # noqa: F811
     text = (folder / "config.py").read_text()
     (root / "config.py").write_text(text.replace("seed=3,", layout))
     one, split, tune = f"{folder}/config.py", f"{root}/config.py", ":method=finetune"
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, 5)  # before the third step; the untuned model was decoded in two batches
-        with pytest.raises(Interrupted):
-            loop.train(told(split, SHORT | PREFIX | {"mesh.model": 2}), root / "prefix")
-    sources = [row["source"] for row in read_lines(folder / "data" / "test.jsonl")]
-    (root / "in.jsonl").write_text("".join(json.dumps({"source": source}) + "\n" for source in sources))
-    generate = ["generate", f"--input={root}/in.jsonl", f"--output={root}/out.jsonl"]
+    loop.train(told(split, SHORT | PREFIX | {"mesh.model": 2}), root / "prefix_alone")
+    begin(root / "prefix", root / "prefix_alone")
     two = {"count": 2, "devices": 2}
     train = ["train", f"--config={split}", *flags(SHORT | PREFIX), "--config.mesh.model=2", f"--workdir={root}/prefix"]
     lost = ["train", f"--config={split}{tune}", *flags(SHORT | TUNED), f"--workdir={root}/tuned"]
     jobs = [
         {"name": "lost", **two, "arguments": lost, "lose": 1},
         {"name": "train", **two, "arguments": train},
-        {"name": "generate", **two, "arguments": [*generate, f"--workdir={root}/prefix"]},
+        {"name": "eval", **two, "arguments": ["eval", f"--workdir={root}/prefix", "--split=test"]},
     ]
     ends = finish(jobs, root, wait_for=f"{root}/tuned/checkpoints/3")
     loop.train(told(split + tune, SHORT | TUNED | {"mesh.model": 2}), root / "tuned")
-    loop.train(told(split, SHORT | PREFIX | {"mesh.model": 2}), root / "prefix_alone")
     loop.train(told(one + tune, SHORT | TUNED), root / "tuned_alone")
     return root, ends
 
@@ -89,10 +91,10 @@ def test_two_processes_finish_what_one_has_begun(runs):
     """Each with half of the rows of every micro-batch, with dropout."""
     root, ends = runs
     assert ends["train"][0] == [0, 0], (root / "train.0.err").read_text()
-    assert "going on after step 2" in (root / "train.0.err").read_text()
+    assert "going on after step 3" in (root / "train.0.err").read_text()
     same(root, "prefix")
     names = sorted(path.name for path in (root / "prefix_alone" / "predictions").iterdir())
-    assert names == sorted(path.name for path in (root / "prefix" / "predictions").iterdir())
+    assert sorted([*names, "test.jsonl"]) == sorted(path.name for path in (root / "prefix" / "predictions").iterdir())
     for name in names:
         assert read_lines(root / "prefix" / "predictions" / name) == read_lines(
             root / "prefix_alone" / "predictions" / name
@@ -107,14 +109,15 @@ def test_two_processes_finish_what_one_has_begun(runs):
     assert (root / "train.1.out").read_text() == ""
 
 
-def test_two_processes_write_one_file_in_order(runs):
+def test_two_processes_evaluate_what_is_in_shards(runs):
     root, ends = runs
-    assert ends["generate"][0] == [0, 0], (root / "generate.0.err").read_text()
-    assert (root / "generate.0.out").read_text().startswith("10 lines written")
-    assert (root / "generate.1.out").read_text() == ""
-    wanted = read_lines(root / "prefix" / "predictions" / "test_8.jsonl")
-    keys = ("source", "prediction")
-    assert read_lines(root / "out.jsonl") == [{key: row[key] for key in keys} for row in wanted]
+    assert ends["eval"][0] == [0, 0], (root / "eval.0.err").read_text()
+    scores = json.loads((root / "eval.0.out").read_text())
+    assert scores == json.loads((root / "prefix" / "eval_test.json").read_text())
+    assert scores["exact_match"] == json.loads((root / "prefix_alone" / "eval_test.json").read_text())["exact_match"]
+    wanted = read_lines(root / "prefix_alone" / "predictions" / "test_8.jsonl")
+    assert read_lines(root / "prefix" / "predictions" / "test.jsonl") == wanted
+    assert (root / "eval.1.out").read_text() == ""
 
 
 @pytest.mark.parametrize(
