@@ -4,6 +4,7 @@ The sizes are all different, so that a swapped axis cannot pass; where a family 
 still differ.
 """
 
+import contextlib
 import functools
 import gc
 import importlib.metadata
@@ -47,6 +48,7 @@ import prefix_tuning
 from prefix_tuning import parallel
 from prefix_tuning import train as loop
 from prefix_tuning.data import pipeline
+from prefix_tuning.metrics import meteor
 from prefix_tuning.progress import Interrupted
 from prefix_tuning.train_step import make_train_step
 from prefix_tuning.types import KV, Adaptation, Batch, Cache, LayerHooks, Model, TrainState
@@ -221,6 +223,19 @@ def twin(tmp_path_factory):
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def meteor_running():
+    """METEOR's program; only for tests that need Java."""
+    with meteor.meteor_program() as program:
+        yield program
+
+
+@pytest.fixture
+def one_meteor(meteor_running, monkeypatch):
+    """Every METEOR is that of one program, which takes longer to start than all else that is asked of it."""
+    monkeypatch.setattr(meteor, "meteor_program", lambda: contextlib.nullcontext(meteor_running))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Runs beside each other: what is resampled is the metric, intervals cover what they say, every error is a line."""
 
-import contextlib
 import html.parser
 import json
 import re
@@ -84,17 +83,15 @@ def test_the_f1_of_two_classes_is_resampled_as_well():
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="no `java` on this machine")
-def test_meteor_of_sums_is_the_programs(monkeypatch):
+def test_meteor_of_sums_is_the_programs(one_meteor):
     """Also where texts are their own reference, which the program adds in another way."""
     predictions, references, _ = texts(8)
     groups = [[line.lower() for line in group] for group in references]
     lower = [line.lower() for line in predictions]
     counts = np.array([3, 0, 1, 2, 0, 1, 1, 4])
     drawn = np.repeat(np.arange(8), counts)
-    with meteor.meteor_program() as program:  # which takes seconds to start: once for both
-        monkeypatch.setattr(meteor, "meteor_program", lambda: contextlib.nullcontext(program))
-        statistics = meteor.meteor_statistics(lower, groups)
-        (right,) = meteor.meteor(lower, groups, [drawn])
+    statistics = meteor.meteor_statistics(lower, groups)
+    (right,) = meteor.meteor(lower, groups, [drawn])
     assert (statistics[:, 20] == 0).sum() > 2
     assert meteor.meteor_scores((counts @ statistics)[None]) == pytest.approx([right], abs=1e-12)
 

@@ -56,7 +56,7 @@ def test_bleu_and_nist_are_the_official_ones():
 
 
 @needs_java
-def test_e2e_is_the_official_score_and_prints_nothing(capfd):
+def test_e2e_is_the_official_score_and_prints_nothing(one_meteor, capfd):
     with warnings.catch_warnings(action="error"):
         assert score(["e2e"], PREDICTIONS, REFERENCES) == pytest.approx(OFFICIAL, abs=1e-8)
     assert capfd.readouterr().out == ""

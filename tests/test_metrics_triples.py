@@ -178,7 +178,7 @@ def test_a_group_without_records_has_no_score(no_java):
 
 
 @needs_java
-def test_meteor_of_parts_is_that_of_each_alone():
+def test_meteor_of_parts_is_that_of_each_alone(one_meteor):
     texts = [spaced(text.lower()) for text in PREDICTIONS]
     groups = [[spaced(text.lower()) for text in group[:3]] for group in REFERENCES]
     assert meteor(texts, groups, [[0, 2], [1, 3], [0, 1, 2, 3]]) == pytest.approx(METEOR, abs=1e-12)
