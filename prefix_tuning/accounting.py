@@ -45,24 +45,36 @@ def account(options: dict[str, Any], model: Model, tokenizer: Any, size: str | N
 def within(budget: int, options: dict[str, Any], model: Model, tokenizer: Any, size: str) -> Account | None:
     """The account at the largest value of option `size` that stores at most `budget` parameters; None for none."""
 
-    def fits(value: int) -> bool:
+    def stored(value: int) -> int | None:
         try:
             method = named("method", METHODS, options | {size: value}, tokenizer)
-            return setup.parameter_counts(method, model)["stored"] <= budget
+            return setup.parameter_counts(method, model)["stored"]
         except UserError:
-            return False  # beyond what the model has
+            return None  # beyond what the model has
 
-    return account(options | {size: largest(fits)}, model, tokenizer, size) if fits(1) else None
+    def fits(value: int) -> bool:
+        found = stored(value)
+        return found is not None and found <= budget
+
+    one, two = stored(1), stored(2)
+    if one is None or one > budget:
+        return None
+    guess = 1 if two is None or two <= one else 1 + (budget - one) // (two - one)  # most are linear in their size
+    return account(options | {size: largest(fits, guess)}, model, tokenizer, size)
 
 
-def largest(fits: Callable[[int], bool]) -> int:
-    """The largest value up to `LARGEST` that fits, given that 1 does and that none above one that does not."""
-    low, high = 1, 2
-    while high <= LARGEST and fits(high):
-        low, high = high, 2 * high
+def largest(fits: Callable[[int], bool], guess: int = 1) -> int:
+    """The largest value up to `LARGEST` that fits, given that 1 does and that none above one that does not.
+
+    It is found sooner where the guess is right.
+    """
+    low, high = 1, LARGEST + 1
+    for value in (guess, guess + 1):
+        if low < value < high:
+            low, high = (value, high) if fits(value) else (low, value)
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        value = min(2 * low, (low + high) // 2)
+        low, high = (value, high) if fits(value) else (low, value)
     return low
 
 

@@ -132,6 +132,21 @@ def test_every_method_fits_the_budget_as_tightly_as_it_can(small):
     assert rank.size == "rank=64"  # all that v has, not the budget
 
 
+@pytest.mark.parametrize("guess", [1, 2, 99, 100, 101, 5000, 10**9])
+@pytest.mark.parametrize("right", [1, 2, 100, accounting.LARGEST])
+def test_the_largest_is_found_whatever_is_guessed(right, guess):
+    asked = []
+
+    def fits(value):
+        asked.append(value)
+        return value <= right
+
+    assert accounting.largest(fits, guess) == right
+    if guess == right:
+        assert len(asked) <= 2
+    assert max(asked, default=1) <= accounting.LARGEST
+
+
 def test_totals_are_what_is_in_memory(small):
     base = setup.make_base(small)
     frozen = count(base.model.specs)
