@@ -174,6 +174,10 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
+def pytest_collection_finish():
+    gc.freeze()  # as above: what the tests' own files import stays as well
+
+
 def pytest_configure(config):
     if (
         signal.getsignal(signal.SIGINT) is signal.SIG_IGN
