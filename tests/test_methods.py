@@ -362,7 +362,8 @@ def test_decoding_is_the_full_forward(started, family, name, variant):
     """What beam and greedy search read from the cache is what a forward pass over the whole row says."""
     (_, _, model, frozen), method, trainable = started(family, name, variant)
     params, adaptation = method.bind(frozen, perturbed(trainable))
-    rows = [prompted(method, row) for row in random_rows(5, lengths=(4, 1))]
+    # In all as many rows and tokens as above, for which the full pass is compiled already.
+    rows = [prompted(method, row) for row in random_rows(5, lengths=(T - L, 1) * (B // 2))]
     new = prefix_tuning.generate(model, params, adaptation, rows, max_new_tokens=L, end_tokens=())
     whole = prefix_tuning.logits(model, params, adaptation, [r + n for r, n in zip(rows, new, strict=True)])
     for row, tokens, logits in zip(rows, new, whole, strict=True):
