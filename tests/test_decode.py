@@ -15,7 +15,7 @@ import torch
 import transformers
 from conftest import table_model
 
-from prefix_tuning import decode, models, nn
+from prefix_tuning import api, decode, models, nn
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import loading
@@ -82,6 +82,11 @@ def twins(tmp_path_factory):
         return made[family, seed]
 
     return twin
+
+
+def generator(model, config):
+    """A compiled decoder, which the tests of a model and a config share."""
+    return api.generator(api.HashableModel(model), config)
 
 
 def random_prompts(vocabulary, seed, rows=B):
@@ -170,7 +175,7 @@ def expected(reference, config, prompts, prefix=None):
 )
 def test_equals_transformers(twins, family, given):
     config = options(**given)
-    generate = decode.make_generate(twins(family).model, config)
+    generate = generator(twins(family).model, config)
     seen = []
     for seed in SEEDS:
         twin = twins(family, seed)
@@ -193,7 +198,7 @@ def test_no_repeated_ngrams_equals_transformers(twins):
         allowed = options(num_beams=beams, max_new_tokens=10, end_tokens=(END, 7))
         config = dataclasses.replace(allowed, no_repeat_ngram=n)
         twin = twins("llama")
-        free, generate = (decode.make_generate(twin.model, each) for each in (allowed, config))
+        free, generate = (generator(twin.model, each) for each in (allowed, config))
         prompts = random_prompts(twin.model.vocabulary, 3, 4)
         prompts = [[*prompts[0][:2] * 3], *prompts[1:]]  # a prompt that repeats itself
         ours = run(generate, twin.params, prompts)
@@ -218,7 +223,7 @@ def adapted(kv, shift=P):
 def test_prefix_equals_transformers_with_its_keys_and_values(twins, family, beams):
     twin, config = twins(family), options(num_beams=beams)
     prompts, prefix = random_prompts(twin.model.vocabulary, 5), random_prefix(twin.model, 0)
-    generate = decode.make_generate(twin.model, config)
+    generate = generator(twin.model, config)
     ours = run(generate, twin.params, prompts, adapted(prefix))
     assert ours == expected(twin.reference, config, prompts, prefix)
     assert ours != run(generate, twin.params, prompts)
@@ -229,7 +234,7 @@ def test_unrolled_layers_write_the_same(twins, family, beams):
     twin, config = twins(family), options(num_beams=beams)
     unrolled = models.build(twin.model.config, scan=False)
     prompts, adaptation = random_prompts(twin.model.vocabulary, 5), adapted(random_prefix(twin.model, 0))
-    ours = [run(decode.make_generate(m, config), twin.params, prompts, adaptation) for m in (unrolled, twin.model)]
+    ours = [run(generator(m, config), twin.params, prompts, adaptation) for m in (unrolled, twin.model)]
     assert ours[0] == ours[1]
 
 
@@ -241,7 +246,7 @@ def test_layers_that_lie_apart_write_the_same(twins, family, beams):
     stack = twin.params["layers"]
     depth = len(jax.tree.leaves(stack)[0])
     below, above = (jax.tree.map(lambda x, part=part: x[part], stack) for part in (np.s_[:1], np.s_[1:]))
-    generate = decode.make_generate(twin.model, options(num_beams=beams))
+    generate = generator(twin.model, options(num_beams=beams))
     whole = run(generate, twin.params, prompts, adaptation)
     for given in (twin.params, twin.params | {"layers": (below, above)}):
         ready = decode.ready(given, twin.model)
@@ -282,8 +287,8 @@ def test_layers_on_a_cpu_are_no_copies(twins):
 def test_prefix_of_real_tokens_is_context(twins, beams):
     twin = twins("gpt2")
     context, prompts = [4, 11, 2, 9, 17], random_prompts(twin.model.vocabulary, 6)
-    kv = twin.model.keys_values(twin.params, jnp.asarray(context))["decoder"]["self"]
-    generate = decode.make_generate(twin.model, options(num_beams=beams))
+    kv = jax.jit(twin.model.keys_values)(twin.params, jnp.asarray(context))["decoder"]["self"]
+    generate = generator(twin.model, options(num_beams=beams))
     ours = run(generate, twin.params, prompts, adapted(kv))
     assert ours == run(generate, twin.params, [context + row for row in prompts], length=P + T)
     assert ours != run(generate, twin.params, prompts)
@@ -294,7 +299,7 @@ def test_own_prefixes_are_each_rows_own(twins, beams):
     twin = twins("gpt2")
     prompts, own = random_prompts(twin.model.vocabulary, 7), random_prefix(twin.model, 1, B)
     shifts = [P, P, 0, 1, P, 2, P, P]
-    generate = decode.make_generate(twin.model, options(num_beams=beams))
+    generate = generator(twin.model, options(num_beams=beams))
     ours = run(generate, twin.params, prompts, adapted(own, shifts))
     shared = [adapted(jax.tree.map(lambda x, b=b: x[:, b], own), shifts[b]) for b in range(B)]
     assert ours == [run(generate, twin.params, [prompts[b]], shared[b])[0] for b in range(B)]
@@ -305,7 +310,7 @@ def test_own_prefixes_are_each_rows_own(twins, beams):
 def test_mixed_lengths_equal_one_by_one(twins, beams):
     twin = twins("llama")
     prompts = random_prompts(twin.model.vocabulary, 8)
-    generate = decode.make_generate(twin.model, options(num_beams=beams))
+    generate = generator(twin.model, options(num_beams=beams))
     together = run(generate, twin.params, prompts)
     for row, text in zip(prompts, together, strict=True):
         assert run(generate, twin.params, [row] * B) == [text] * B  # as many rows again: compiled once
@@ -329,7 +334,7 @@ def log_probabilities(twins):
 def test_cache_equals_no_cache(twins, log_probabilities):
     twin = twins("llama", 1)
     prompts = random_prompts(twin.model.vocabulary, 1)
-    for row, ours in zip(prompts, run(decode.make_generate(twin.model, options()), twin.params, prompts), strict=True):
+    for row, ours in zip(prompts, run(generator(twin.model, options()), twin.params, prompts), strict=True):
         text = list(row)
         while len(text) < len(row) + N and (len(text) == len(row) or text[-1] != END):
             text.append(int(log_probabilities(twin.params, text)[-1].argmax()))
