@@ -73,12 +73,13 @@ def prefixes(*lengths, **options):
 
 
 @pytest.fixture(scope="module")
-def eight():
-    """Lengths 1 to 8 at rates of their own."""
+def eight(weights):
+    """Lengths 1 to 8 at rates of their own, and what trains them."""
     configs = prefixes(*range(1, 9))
     for number, config in enumerate(configs):
         config["optimizer"]["learning_rate"] *= 1 + number
-    return made(configs)
+    runs = made(configs)
+    return *runs, population.Population(*runs, weights)
 
 
 def test_seeds_and_starts_on_batches_of_their_own(weights):
@@ -135,8 +136,7 @@ def test_what_is_drawn_is_drawn_as_it_would_be_alone(weights):
 
 
 def test_as_many_as_devices_are_spread_over_them(eight, weights):
-    configs, bases, runs = eight
-    engine = population.Population(configs, bases, runs, weights)
+    configs, bases, runs, engine = eight
     together, _ = stepped(engine)
     for leaf in jax.tree.leaves((engine.state.trainable, engine.state.opt_state)):
         assert len({str(shard.index) for shard in leaf.addressable_shards}) == 8  # no two hold the same run
@@ -145,9 +145,9 @@ def test_as_many_as_devices_are_spread_over_them(eight, weights):
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)
 
 
-def test_slots_that_a_shorter_prefix_lacks_do_nothing(eight, weights):
+def test_slots_that_a_shorter_prefix_lacks_do_nothing(eight):
     """Whatever stands there, the step is the same, and nothing moves it."""
-    engine = population.Population(*eight, weights)
+    *_, engine = eight
     engine.start(engine.fresh())
     batch = next(iter(engine.batches(0)))
     expected = engine.read(engine.advance(batch))
