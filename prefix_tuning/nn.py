@@ -71,8 +71,9 @@ def floats(values: Array, x: Array) -> Array:
 
     Out of a loop over steps it would take the conversion, and hold every layer as floats; barriers are gone by then.
     """
-    first = x.ravel()[0]
-    never = (first != first) & (first < jnp.inf)  # not a number, and yet below one; XLA does not know
+    # Of x over several devices not one number, which would have to be sent to all, but a sum that each has a part in.
+    some = x.sum() if DATA in jax.sharding.get_abstract_mesh().auto_axes else x.ravel()[0]
+    never = (some != some) & (some < jnp.inf)  # not a number, and yet below one; XLA does not know
     return (values + never.astype(values.dtype)).astype(x.dtype)
 
 

@@ -144,7 +144,7 @@ def make_base(config: dict[str, Any]) -> Base:
             "valid: method.name='ptuning' with a template, or a prefix"
         )
     if weights == "int8":
-        check_int8(config, method, model)
+        check_int8(config["method"]["name"], method, model)
     bare = method
     if objective.head is not None:
         method = with_head(method, objective.head)
@@ -163,10 +163,8 @@ def make_base(config: dict[str, Any]) -> Base:
     )
 
 
-def check_int8(config: dict[str, Any], method: Method, model: Model) -> None:
-    """Raises `UserError` for what matrices in 8 bits are not made for: shards, and methods that train them."""
-    if config.get("parallel", "replicated") != "replicated":
-        raise UserError("model.weights='int8' cannot be split over devices; expected parallel='replicated'")
+def check_int8(name: str, method: Method, model: Model) -> None:
+    """Raises `UserError` for a method that trains matrices which are frozen in 8 bits."""
     changed: list[str] = []
 
     def bind(frozen: Params, trainable: Params) -> None:
@@ -179,7 +177,7 @@ def check_int8(config: dict[str, Any], method: Method, model: Model) -> None:
     jax.eval_shape(bind, abstract_frozen(method, model), abstract_trainable(method, model))
     if changed:
         raise UserError(
-            f"method {config['method']['name']!r} trains weights that model.weights='int8' freezes in 8 bits "
+            f"method {name!r} trains weights that model.weights='int8' freezes in 8 bits "
             f"({', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}); expected model.weights='full', or a "
             "method that adds to them, such as prefix or lora"
         )

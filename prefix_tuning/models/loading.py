@@ -188,9 +188,9 @@ def load_weights(
     says of each weight (None: the first device), one after the other, so that no second copy of all is ever held.
 
     Shards are read one by one: a weight in several is never whole in one place.  With weights="int8" matrices are
-    `Quantised` as they are read, a layer at a time, and must lie whole on their devices.  Optional weights that the
-    files lack are left out.  Raises `UserError` listing every missing, unexpected and misshapen tensor, before any is
-    read.
+    `Quantised` as they are read, a layer at a time, each whole on the host in 8 bits before its shards are placed: a
+    channel's scale is over all of it.  Optional weights that the files lack are left out.  Raises `UserError` listing
+    every missing, unexpected and misshapen tensor, before any is read.
     """
     numpy_dtype = np.dtype(DTYPES[valid("dtype", dtype, DTYPES)])
     found = stored(folder, model)
@@ -207,8 +207,10 @@ def load_weights(
         if shared is None:
             tree[path] = put(spec, spec.shape, functools.partial(read_shard, spec, tensors, numpy_dtype))
         else:
-            values, scale = (put(spec, x.shape, x.__getitem__) for x in read_quantised(spec, tensors, shared))
-            tree[path] = Quantised(values, scale, dtype)
+            values, scale = read_quantised(spec, tensors, shared)
+            small = spec._replace(axes=(None,) * scale.ndim)  # on every device
+            whole = put(spec, values.shape, values.__getitem__), put(small, scale.shape, scale.__getitem__)
+            tree[path] = Quantised(*whole, dtype)
     return unflatten(tree)
 
 
