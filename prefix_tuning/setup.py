@@ -106,7 +106,8 @@ def make_base(config: dict[str, Any]) -> Base:
     unknown = [key for key in config if key not in SECTIONS]
     missing = [key for key in SECTIONS if key not in (*config, *OPTIONAL)]
     if unknown or missing:
-        raise UserError(f"config has unknown sections {unknown} and lacks {missing}; expected {', '.join(SECTIONS)}")
+        told = [f"{what} {', '.join(keys)}" for what, keys in (("unknown:", unknown), ("lacking:", missing)) if keys]
+        raise UserError(f"config sections {' and '.join(told)}; expected {', '.join(SECTIONS)}")
     valid("model.dtype", config["model"].get("dtype", MODEL["dtype"]), loading.DTYPES)
     weights = valid("model.weights", config["model"].get("weights", MODEL["weights"]), loading.WEIGHTS)
     folder = loading.find_folder(resolve(config["model"]["name"]))
