@@ -543,7 +543,7 @@ def token_scores(q: Array, k: Array, mask: Array, how: Attention, bias: Array | 
 
 def token_values(weights: Array, v: Array) -> Array:
     """The values [B T K G H] that weights [B K G T S] make of v [B S K H]."""
-    return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+    return jnp.moveaxis(jnp.einsum("bkgts,bskh->bkgth", weights.astype(v.dtype), v), 3, 1)
 
 
 def slot_scores(q: Array, prefix: KV, how: Attention) -> Array:
