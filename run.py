@@ -220,7 +220,7 @@ def table(
     given["overrides"] = {key: value for key, _, value in pairs}
 
     def load(flags: list[str]) -> dict[str, Any]:
-        return parse(["train", *flags, "--workdir=unused"])[1]["config"]
+        return parse(["params", *flags])[1]["config"]
 
     root = Path(workdir)
     if runs is not None:
@@ -379,7 +379,10 @@ def parse(arguments: list[str]) -> tuple[Command, dict[str, Any], bool]:
         rest = [argument for argument in rest if not argument.lstrip("-").startswith("config=")]
         if files:
             config = load_config(files[-1])
-            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[name, *rest])
+            new = command.run is train  # what its sections leave out; others would find a typo when much is done
+            check_options(config, rest, new)
+            options = {"flag_values": values, "sys_argv": [name, *rest]}
+            config_flags.DEFINE_config_dict("config", config, **options, accept_new_attributes=new, lock_config=not new)
     values.set_gnu_getopt(command.several is not None)  # arguments without a name may stand before options
     extra = values([name, *rest])[1:]
     if extra and command.several is None:
@@ -400,6 +403,20 @@ def parse(arguments: list[str]) -> tuple[Command, dict[str, Any], bool]:
     if missing:
         raise flags.Error(f"{name} needs {' and '.join(missing)}")
     return command, given, values["debug"].value
+
+
+def check_options(config: config_dict.ConfigDict, arguments: list[str], new: bool) -> None:
+    """Raises `flags.Error` for --config.a.b that the config lacks; if `new`, a section may get further options."""
+    for argument in arguments:
+        flag, *names = argument.lstrip("-").partition("=")[0].split(".")
+        section = config
+        for depth, name in enumerate(names if flag == "config" else (), 1):
+            known = list(section) if isinstance(section, config_dict.ConfigDict) else []
+            key = name.partition("[")[0]  # an index may follow
+            if key not in known and not (new and known and 1 < depth == len(names)):
+                told = ", ".join(known) or "nothing below it"
+                raise flags.Error(f"unknown option config.{'.'.join(names[:depth])}; the config has {told}")
+            section = section[key] if key in known else None
 
 
 def load_config(value: str) -> config_dict.ConfigDict:

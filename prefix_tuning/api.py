@@ -32,23 +32,27 @@ def load_model(
     name: str,
     *,
     dtype: str = "float32",
+    weights: str = "full",
     parallel: str = "replicated",
     mesh: dict[str, int | None] | None = None,
 ) -> tuple[Model, Params, Any]:
     """(model, frozen weights, tokenizer or None) of a folder in Hugging Face layout, a name on the hub, or a gguf file
     of the Llama family.
 
-    Weights are on the first device, or with parallel="sharded" split over a mesh such as {"data": 1, "model": 8} of all
-    devices, as in a config; `logits` and `generate` then run on all.  Raises `UserError`, with sizes and before any
-    weight is read, where a device cannot hold them.
+    With weights="int8" matrices are held in 8 bits.  Weights are on the first device, or with parallel="sharded" split
+    over a mesh such as {"data": 1, "model": 8} of all devices, as in a config; `logits` and `generate` then run on all.
+    Raises `UserError`, with sizes and before any weight is read, where a device cannot hold them.
     """
     valid("dtype", dtype, loading.DTYPES)
+    valid("weights", weights, loading.WEIGHTS)
     folder = loading.find_folder(name)
     model = loading.read_model(folder)
     layout = layouts.make(model.specs, parallel, mesh)
-    layouts.check_memory(layout, model.specs, {"weights": loading.abstract(model, dtype)}, layouts.memory_limit())
+    held = loading.abstract(model, dtype, weights)
+    layouts.check_memory(layout, model.specs, {"weights": held}, layouts.memory_limit())
     where = layout.where if isinstance(layout, layouts.Sharded) else lambda _: None
-    return model, loading.load_weights(folder, model, dtype, where), loading.load_tokenizer(folder)
+    frozen = loading.load_weights(folder, model, dtype, where, weights=weights)
+    return model, frozen, loading.load_tokenizer(folder)
 
 
 def load_adapter(folder: str, model: Model, frozen: Params) -> Adaptation:

@@ -12,7 +12,20 @@ import numpy as np
 from jax import Array
 
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.types import KV, Adaptation, Cache, LayerHooks, Layers, Model, Params, Quantised, Sites, parts
+from prefix_tuning.types import (
+    KV,
+    Adaptation,
+    Below,
+    Cache,
+    LayerHooks,
+    Layers,
+    Model,
+    Params,
+    Quantised,
+    Sites,
+    depth,
+    parts,
+)
 
 ACTIVATIONS = {
     # Computed again for its derivative: cheaper than keeping what autodiff wants, three arrays as wide as the MLP.
@@ -71,8 +84,9 @@ def floats(values: Array, x: Array) -> Array:
 
     Out of a loop over steps it would take the conversion, and hold every layer as floats; barriers are gone by then.
     """
-    first = x.ravel()[0]
-    never = (first != first) & (first < jnp.inf)  # not a number, and yet below one; XLA does not know
+    # Of x over several devices not one number, which would have to be sent to all, but a sum that each has a part in.
+    some = x.sum() if DATA in jax.sharding.get_abstract_mesh().auto_axes else x.ravel()[0]
+    never = (some != some) & (some < jnp.inf)  # not a number, and yet below one; XLA does not know
     return (values + never.astype(values.dtype)).astype(x.dtype)
 
 
@@ -248,11 +262,15 @@ def over_layers(
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
     stack, first, kept = parts(layers), 0, []
     for part in stack:
-        depth = len(jax.tree.leaves(part)[0])
-        own = beside if len(stack) == 1 else layers_of(beside, first, depth)
-        carry, found = jax.lax.scan(body, carry, (part, own), unroll=1 if scan else depth)
+        count, (rows, weights_of) = depth(part), scanned(part)
+        own = beside if len(stack) == 1 else layers_of(beside, first, count)
+
+        def one(carry, inputs, weights_of=weights_of):
+            return body(carry, (weights_of(inputs[0]), inputs[1]))
+
+        carry, found = jax.lax.scan(one, carry, (rows, own), unroll=1 if scan else count)
         kept.append(found)
-        first += depth
+        first += count
     return carry, kept[0] if len(kept) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *kept)
 
 
@@ -266,35 +284,44 @@ def step_over_layers(
     every layer.  A part of one layer has cached [B K S H] and no number.
     """
     found = []
-
-    def one(carry, inputs):
-        number, *inputs = inputs
-        return body(carry[0], inputs, carry[1], number), None
-
     for part, own, k, v in zip(parts(layers), beside, *written, strict=True):
-        depth = len(jax.tree.leaves(part)[0])
-        if depth == 1:
-            x, cached = body(x, jax.tree.map(lambda leaf: leaf[0], (part, own)), KV(k, v), None)
+        rows, weights_of = scanned(part)
+
+        def one(carry, inputs, weights_of=weights_of):
+            number, row, own = inputs
+            return body(carry[0], (weights_of(row), own), carry[1], number), None
+
+        if depth(part) == 1:
+            row, own = jax.tree.map(lambda leaf: leaf[0], (rows, own))
+            x, cached = body(x, (weights_of(row), own), KV(k, v), None)
         else:
-            (x, cached), _ = jax.lax.scan(one, (x, KV(k, v)), (jnp.arange(depth), part, own))
+            (x, cached), _ = jax.lax.scan(one, (x, KV(k, v)), (jnp.arange(depth(part)), rows, own))
         found.append((cached.k, cached.v))
     return x, tuple(zip(*found, strict=True))
 
 
+def scanned(part: Params | Below) -> tuple[Any, Callable[[Any], Params]]:
+    """What to scan over for a part of a stack, and what makes a layer's weights of one row of it."""
+    if not isinstance(part, Below):
+        return part, lambda weights: weights
+    at = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+    return jnp.arange(part.depth), lambda number: jax.tree.map(lambda x: at(x, number), part.stack)
+
+
 def in_parts(tree: Any, layers: Layers) -> tuple[Any, ...]:
     """A tree [L ...] in the parts that a stack of weights lies in."""
-    depths = [len(jax.tree.leaves(part)[0]) for part in parts(layers)]
-    return tuple(layers_of(tree, sum(depths[:n]), depth) for n, depth in enumerate(depths))
+    depths = list(map(depth, parts(layers)))
+    return tuple(layers_of(tree, sum(depths[:n]), count) for n, count in enumerate(depths))
 
 
-def layers_of(tree: Any, first: int, depth: int) -> Any:
+def layers_of(tree: Any, first: int, count: int) -> Any:
     """So many layers of a tree [L ...]."""
-    return jax.tree.map(lambda x: x[first : first + depth], tree)
+    return jax.tree.map(lambda x: x[first : first + count], tree)
 
 
 def unwritten(layers: Layers, rows: int, slots: int, heads: tuple[int, int], dtype: jnp.dtype) -> Written:
     """Room for keys and values of heads (K, H), as `step_over_layers` wants it for this stack of weights."""
-    depths = [len(jax.tree.leaves(part)[0]) for part in parts(layers)]
+    depths = list(map(depth, parts(layers)))
     shape = rows, heads[0], slots, heads[1]
     k, v = (tuple(jnp.zeros(shape if L == 1 else (L, *shape), dtype) for L in depths) for _ in "kv")
     return k, v
@@ -368,15 +395,16 @@ def apart(params: Params, model: Model) -> Params:
     return params | {name: tuple(layer for part in parts(params[name]) for layer in single_layers(part))}
 
 
-def single_layers(part: Params) -> list[Params]:
+def single_layers(part: Params | Below) -> list[Params]:
     """The layers of a part [L ...], each [1 ...]."""
-    leaves, tree = jax.tree.flatten(part)
-    depth = len(leaves[0])
-    if depth == 1:
-        return [part]
+    count, stack = depth(part), part.stack if isinstance(part, Below) else part
+    leaves, tree = jax.tree.flatten(stack)
+    if len(leaves[0]) == 1:
+        return [stack]
     if all(map(on_cpu, leaves)):
-        return [jax.tree.unflatten(tree, layer) for layer in zip(*map(views, leaves), strict=True)]
-    return [layer_at(part, number) for number in range(depth)]
+        layers = zip(*map(views, leaves), strict=True)
+        return [jax.tree.unflatten(tree, layer) for layer in itertools.islice(layers, count)]
+    return [layer_at(stack, number) for number in range(count)]
 
 
 @jax.jit

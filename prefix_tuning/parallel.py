@@ -294,9 +294,10 @@ def told_of(weights: Params) -> contextlib.AbstractContextManager:
 
 
 def names(path: tuple) -> tuple[str, ...]:
-    """The keys of nested dicts that a path ends in."""
+    """The keys of nested dicts that a path ends in, or that lead to the numbers of a `Quantised`."""
     found: list[str] = []
-    for entry in reversed(path):
+    in_8_bits = path[-1:] == (jax.tree_util.GetAttrKey("values"),)
+    for entry in reversed(path[:-1] if in_8_bits else path):
         if not isinstance(entry, jax.tree_util.DictKey):
             break
         found.insert(0, entry.key)

@@ -106,7 +106,8 @@ def make_base(config: dict[str, Any]) -> Base:
     unknown = [key for key in config if key not in SECTIONS]
     missing = [key for key in SECTIONS if key not in (*config, *OPTIONAL)]
     if unknown or missing:
-        raise UserError(f"config has unknown sections {unknown} and lacks {missing}; expected {', '.join(SECTIONS)}")
+        told = [f"{what} {', '.join(keys)}" for what, keys in (("unknown:", unknown), ("lacking:", missing)) if keys]
+        raise UserError(f"config sections {' and '.join(told)}; expected {', '.join(SECTIONS)}")
     valid("model.dtype", config["model"].get("dtype", MODEL["dtype"]), loading.DTYPES)
     weights = valid("model.weights", config["model"].get("weights", MODEL["weights"]), loading.WEIGHTS)
     folder = loading.find_folder(resolve(config["model"]["name"]))
@@ -144,7 +145,7 @@ def make_base(config: dict[str, Any]) -> Base:
             "valid: method.name='ptuning' with a template, or a prefix"
         )
     if weights == "int8":
-        check_int8(config, method, model)
+        check_int8(config["method"]["name"], method, model)
     bare = method
     if objective.head is not None:
         method = with_head(method, objective.head)
@@ -163,10 +164,8 @@ def make_base(config: dict[str, Any]) -> Base:
     )
 
 
-def check_int8(config: dict[str, Any], method: Method, model: Model) -> None:
-    """Raises `UserError` for what matrices in 8 bits are not made for: shards, and methods that train them."""
-    if config.get("parallel", "replicated") != "replicated":
-        raise UserError("model.weights='int8' cannot be split over devices; expected parallel='replicated'")
+def check_int8(name: str, method: Method, model: Model) -> None:
+    """Raises `UserError` for a method that trains matrices which are frozen in 8 bits."""
     changed: list[str] = []
 
     def bind(frozen: Params, trainable: Params) -> None:
@@ -179,7 +178,7 @@ def check_int8(config: dict[str, Any], method: Method, model: Model) -> None:
     jax.eval_shape(bind, abstract_frozen(method, model), abstract_trainable(method, model))
     if changed:
         raise UserError(
-            f"method {config['method']['name']!r} trains weights that model.weights='int8' freezes in 8 bits "
+            f"method {name!r} trains weights that model.weights='int8' freezes in 8 bits "
             f"({', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}); expected model.weights='full', or a "
             "method that adds to them, such as prefix or lora"
         )

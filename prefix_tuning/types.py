@@ -23,8 +23,18 @@ from jax import Array
 # Nested dicts of arrays, matrices perhaps `Quantised`; leaves under "layers" and "encoder_layers" lead with L.
 Params = dict[str, Any]
 STACKS = ("layers", "encoder_layers")
+
+
+@flax.struct.dataclass
+class Below:
+    """The lowest layers of a stack of frozen weights, to be read where they are: XLA would copy what is cut off."""
+
+    stack: Params  # [L ...]
+    depth: int = flax.struct.field(pytree_node=False)  # how many they are
+
+
 # The weights of a stack, or parts of it from below, each of which leads with its own number of layers.
-Layers = Params | tuple[Params, ...]
+Layers = Params | tuple[Params | Below, ...]
 
 
 @flax.struct.dataclass
@@ -291,14 +301,24 @@ class TrainState:
     key: Array  # never advanced: every step folds its own number in
 
 
-def parts(layers: Layers) -> tuple[Params, ...]:
+def parts(layers: Layers) -> tuple[Params | Below, ...]:
     """The parts of a stack of weights, from below; one, if it lies in one piece."""
     return layers if isinstance(layers, tuple) else (layers,)
 
 
+def depth(part: Params | Below) -> int:
+    """How many layers a stack, or a part of one, has."""
+    return part.depth if isinstance(part, Below) else len(jax.tree.leaves(part)[0])
+
+
+def cut(part: Params | Below) -> Params:
+    """The weights of a part, led by its own number of layers."""
+    return jax.tree.map(lambda x: x[: part.depth], part.stack) if isinstance(part, Below) else part
+
+
 def joined(layers: Layers) -> Params:
     """The weights of a stack [L ...], whose parts may lie apart."""
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *layers) if isinstance(layers, tuple) else layers
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *map(cut, layers)) if isinstance(layers, tuple) else layers
 
 
 def count(tree: Any) -> int:

@@ -20,7 +20,7 @@ from prefix_tuning import decode, models, nn
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import loading
-from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, Model
+from prefix_tuning.types import KV, Adaptation, Batch, Below, LayerHooks, Model
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # its threads spin while they wait, which on a busy machine takes ten times as long
@@ -244,7 +244,8 @@ def test_layers_that_lie_apart_write_the_same(twins, family, beams):
     below, above = (jax.tree.map(lambda x, part=part: x[part], stack) for part in (np.s_[:1], np.s_[1:]))
     generate = decode.make_generate(twin.model, options(num_beams=beams))
     whole = run(generate, twin.params, prompts, adaptation)
-    for given in (twin.params, twin.params | {"layers": (below, above)}):
+    for layers in (stack, (below, above), (Below(stack, 1), above)):
+        given = twin.params | {"layers": layers}
         ready = decode.ready(given, twin.model)
         assert [len(jax.tree.leaves(part)[0]) for part in ready["layers"]] == [1] * depth
         assert run(generate, ready, prompts, adaptation) == whole

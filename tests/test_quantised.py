@@ -191,7 +191,6 @@ def test_methods_that_add_to_the_model_take_them(argument):
     [
         ("method=finetune", {}, r"method 'finetune' trains weights that model\.weights='int8' freezes .*embedding"),
         ("method=ft_top2", {}, r"trains weights that model\.weights='int8' freezes in 8 bits \(layers/"),
-        ("", {"parallel": "sharded"}, r"model\.weights='int8' cannot be split over devices; expected"),
         ("", {"model": {"weights": "int4"}}, r"unknown model\.weights 'int4'; valid: full, int8"),
     ],
 )

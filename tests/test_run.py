@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import absl.flags
 import jax
 import numpy as np
 import pytest
@@ -282,6 +283,34 @@ def test_a_key_that_no_factory_knows_is_refused(folder, tmp_path):
         loop.train(config, tmp_path / "w")
 
 
+def test_sections_that_are_not_there_are_named(folder):
+    config = run.load_config(str(folder / "config.py")).to_dict()
+    lacking = {name: section for name, section in config.items() if name != "train"}
+    for changed, told in (
+        (lacking, "lacking: train; expected seed, "),
+        (config | {"trian": {}}, "unknown: trian; expected seed, "),
+        (lacking | {"trian": {}, "a": 1}, "unknown: trian, a and lacking: train; expected seed, "),
+    ):
+        with pytest.raises(UserError, match=f"^config sections {told}"):
+            setup.make_base(changed)
+
+
+def test_an_option_that_the_config_leaves_out_can_be_given():
+    """Of the type that it is written in; those that the config has keep theirs."""
+    given = {"decode.length_penalty": 0.9, "decode.normalise": "full", "objective.label_smoothing": 0.1}
+    given |= {"decode.banned": (3, 4), "method.scale": 2.0}
+    flags = [f"--config.{key}={value}" for key, value in given.items()]
+    flags[-1] = "--config.method.scale=2"
+    config = run.parse(["train", "--config=configs/quickstart.py", "--workdir=w", *flags])[1]["config"]
+    for path, value in given.items():
+        section, key = path.split(".")
+        assert config[section][key] == value
+        assert type(config[section][key]) is type(value)
+    run.parse(["sweep", "--config=configs/quickstart.py", "--workdir=w", flags[-1]])
+    with pytest.raises(absl.flags.Error, match=r"unknown option config\.decode\.normalise"):
+        run.parse(["sweep", "--config=configs/quickstart.py", "--workdir=w", flags[1]])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -293,7 +322,19 @@ def test_a_key_that_no_factory_knows_is_refused(folder, tmp_path):
         (["train", "--config=nope.py", "--workdir=w"], "there is no config file nope.py; shipped: configs/"),
         (["train", "--config={config}:qick", "--workdir=w"], "unknown config argument 'qick'; valid: method, quick"),
         (["train", "--config={config}:method=prefx", "--workdir=w"], "unknown method 'prefx'; valid: prefix"),
-        (["train", "--config={config}", "--config.method.lenght=3", "--workdir=w"], 'Did you mean "length"'),
+        (
+            ["train", "--config={config}", "--config.method.lenght=3", "--workdir=w"],
+            "unknown key in config section method: 'lenght'; valid: ",
+        ),
+        (
+            ["sweep", "--config={config}", "--config.method.lenght=3", "--workdir=w"],
+            "unknown option config.method.lenght; the config has ",
+        ),
+        (["train", "--config={config}", "--config.trian.epochs=3", "--workdir=w"], "unknown option config.trian; the "),
+        (
+            ["train", "--config={config}", "--config.train.epochs.most=3", "--workdir=w"],
+            "unknown option config.train.epochs.most; the config has nothing below it",
+        ),
         (["train", "--config={config}", "--config.method.length=1.5", "--workdir=w"], "1.5"),
         (["train", "--config={config}", "--workdir=w", "--nope=1"], "nope"),
         (["eval", "--workdir={folder}/none"], "none has no config.json; expected a workdir made by"),

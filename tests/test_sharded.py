@@ -213,6 +213,39 @@ def test_a_notebook_reads_and_writes_on_shards(made, tmp_path):
     assert found["sharded"][1] == found["replicated"][1]
 
 
+def test_matrices_in_8_bits_are_split_too(made, tmp_path):
+    """A step's gradients, logits and text are those of the same numbers on one device, and a device holds its part."""
+    model, host = made("llama")
+    loading.save_pretrained(tmp_path, model, host)
+    method, objective, tx = METHODS["prefix"](None, length=P), OBJECTIVES["lm"](None), optax.sgd(1.0)
+    body, batch, found = make_train_step(model, method, objective, tx), batch_for(model), {}
+    for kind, mesh in (("replicated", None), ("sharded", {"model": MODEL})):
+        _, frozen, _ = prefix_tuning.load_model(tmp_path, weights="int8", parallel=kind, mesh=mesh)
+        trainable = method.init(jax.random.key(1), model, host)
+        _, adaptation = method.bind(frozen, trainable)
+        rows = [[5, 7, 9, 2], [4]]
+        read = prefix_tuning.logits(model, frozen, adaptation, rows)
+        text = prefix_tuning.generate(model, frozen, adaptation, rows, max_new_tokens=4, end_tokens=())
+        state = TrainState(jnp.int32(0), trainable, tx.init(trainable), jax.random.key(2))
+        if mesh is None:
+            state, sums = jax.jit(body)(frozen, state, Batch(**{n: x[None] for n, x in batch.items()}))
+        else:
+            layout = parallel.Sharded(model.specs, DATA, MODEL)
+            state = layout.place(state)
+            state, sums = layout.train_step(body, state)(frozen, state, layout.split_batch(batch))
+        found[kind] = read, text, jax.device_get((state.trainable, sums["loss"]))
+    for ours, wanted in zip(*map(jax.tree.leaves, (found["sharded"], found["replicated"])), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=2e-5, atol=1e-5)
+    kernel = frozen["layers"]["q"]["kernel"]
+    assert {shard.data.shape for shard in kernel.values.addressable_shards} == {(L, 8, 1, 2, 6)}
+    held = {sum(x.addressable_data(n).nbytes for x in jax.tree.leaves(frozen)) for n in range(8)}
+    assert held == {layout.held(loading.abstract(model, weights="int8"))}
+    again = layout.place(frozen)  # as `train` places what it has loaded
+    assert all(
+        jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), again, frozen))
+    )
+
+
 def test_a_notebook_is_told_what_does_not_fit(made, tmp_path, monkeypatch):
     loading.save_pretrained(tmp_path, *made("llama"))
     with pytest.raises(UserError, match=r"mesh\.model=3 cannot be on 8 devices"):

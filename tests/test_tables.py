@@ -19,7 +19,7 @@ from prefix_tuning.registry import call, named
 
 
 def load(flags):
-    return run.parse(["train", *flags, "--workdir=unused"])[1]["config"]
+    return run.parse(["params", *flags])[1]["config"]
 
 
 def planned(name, **given):

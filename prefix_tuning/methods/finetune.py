@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.types import STACKS, Adaptation, LayerHooks, Method, Model, Params
+from prefix_tuning.types import STACKS, Adaptation, Below, LayerHooks, Method, Model, Params, depth
 
 # What goes with the top layers; for GPT-2 wte and ln_f.
 OUTSIDE = ("embedding", "unembedding", "norm", "encoder_norm", "pooler")
@@ -97,13 +97,8 @@ def replaced(frozen: Params, trainable: Params) -> Params:
             merged[name] = new.astype(old.dtype)
         elif name in STACKS and (below := depth(old) - depth(new)):
             # Parts of the stack, so that nothing is differentiated in the layers below.
-            parts = jax.tree.map(lambda x, n=below: x[:n], old), jax.tree.map(lambda x, n=below: x[n:], old)
-            merged[name] = parts[0], replaced(parts[1], new)
+            top = jax.tree.map(lambda x, n=below: x[n:], old)
+            merged[name] = Below(old, below), replaced(top, new)
         else:
             merged[name] = replaced(old, new)
     return merged
-
-
-def depth(layers: Params) -> int:
-    """How many layers a stack has."""
-    return len(jax.tree.leaves(layers)[0])

@@ -3,6 +3,7 @@
 A file of llama.cpp may stand where a folder does.
 """
 
+import concurrent.futures
 import functools
 import json
 import math
@@ -39,6 +40,8 @@ STORED |= {
 WEIGHTS = ("full", "int8")  # how matrices are held: in the weights' dtype, or `Quantised`
 TABLES = ("embedding", "unembedding")
 ROWS = 4096  # of a table that are read at once to be quantised
+# That read a weight at a time, a layer each.  Of a gguf file, or for 8 bits, each holds what it reads as floats.
+THREADS = min(os.cpu_count() or 1, 8)
 ALIGNED = 64  # bytes: an array that begins at a multiple of them is a CPU device's own without being copied
 Index = tuple[slice, ...]  # one slice per axis
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # what a folder of the hub is fetched for
@@ -185,9 +188,9 @@ def load_weights(
     says of each weight (None: the first device), one after the other, so that no second copy of all is ever held.
 
     Shards are read one by one: a weight in several is never whole in one place.  With weights="int8" matrices are
-    `Quantised` as they are read, a layer at a time, and must lie whole on their devices.  Optional weights that the
-    files lack are left out.  Raises `UserError` listing every missing, unexpected and misshapen tensor, before any is
-    read.
+    `Quantised` as they are read, a layer at a time, each whole on the host in 8 bits before its shards are placed: a
+    channel's scale is over all of it.  Optional weights that the files lack are left out.  Raises `UserError` listing
+    every missing, unexpected and misshapen tensor, before any is read.
     """
     numpy_dtype = np.dtype(DTYPES[valid("dtype", dtype, DTYPES)])
     found = stored(folder, model)
@@ -204,8 +207,10 @@ def load_weights(
         if shared is None:
             tree[path] = put(spec, spec.shape, functools.partial(read_shard, spec, tensors, numpy_dtype))
         else:
-            values, scale = (put(spec, x.shape, x.__getitem__) for x in read_quantised(spec, tensors, shared))
-            tree[path] = Quantised(values, scale, dtype)
+            values, scale = read_quantised(spec, tensors, shared)
+            small = spec._replace(axes=(None,) * scale.ndim)  # on every device
+            whole = put(spec, values.shape, values.__getitem__), put(small, scale.shape, scale.__getitem__)
+            tree[path] = Quantised(*whole, dtype)
     return unflatten(tree)
 
 
@@ -233,10 +238,13 @@ def read_quantised(spec: Spec, tensors: Sequence[Any], shared: tuple[int, ...]) 
     scale = aligned(outer, np.dtype(np.float32))
     rest = (slice(None),) * (len(spec.shape) - 1)
     step = 1 if "{layer}" in spec.source else len(values) if 0 in shared else ROWS
-    for start in range(0, len(values), step):
+
+    def fill(start: int) -> None:
         rows = slice(start, min(start + step, len(values)))
         read = read_shard(spec, tensors, np.dtype(np.float32), (rows, *rest))
         values[rows], scale[... if 0 in shared else rows] = quantise(read, shared)
+
+    in_threads(fill, range(0, len(values), step))
     return values, scale
 
 
@@ -296,9 +304,18 @@ def read_shard(spec: Spec, tensors: Sequence[Any], dtype: np.dtype, index: Index
     if "{layer}" not in spec.source:
         shard[...] = read_part(spec, tensors[0], index).reshape(sizes)
         return shard
-    for row, tensor in zip(shard, tensors[index[0]], strict=True):
+
+    def fill(row: np.ndarray, tensor: Any) -> None:
         row[...] = read_part(spec, tensor, index[1:]).reshape(sizes[1:])
+
+    in_threads(fill, shard, tensors[index[0]])
     return shard
+
+
+def in_threads(function: Callable[..., None], *arguments: Sequence[Any]) -> None:
+    """Calls a function, which spends its time in NumPy's copies, with each of some arguments, several at a time."""
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(function, *arguments))  # raises what the function did
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
