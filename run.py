@@ -73,10 +73,10 @@ def score(metrics: str, predictions: str, references: str, sources: str | None, 
     """Scores one file against another."""
     from prefix_tuning import metrics as library
     from prefix_tuning.errors import UserError
-    from prefix_tuning.files import read_groups, read_text
+    from prefix_tuning.files import lines_of, read_groups, read_text
 
-    lines = read_text(predictions).splitlines()
-    columns = [None if file is None else read_text(file).splitlines() for file in (sources, groups)]
+    lines = lines_of(read_text(predictions))
+    columns = [None if file is None else lines_of(read_text(file)) for file in (sources, groups)]
     try:
         print(json.dumps(library.score(metrics.split(","), lines, read_groups(references), *columns), indent=2))
     except ValueError as error:
@@ -208,9 +208,9 @@ def table(
     """Runs a paper's table and prints it, or trains some of its runs in one step, or lists the tables."""
     from experiments import table as library
     from prefix_tuning import launch
-    from prefix_tuning.errors import UserError
+    from prefix_tuning.errors import UserError, valid
 
-    if name == "list":
+    if valid("table", name, ("list", *library.TABLES)) == "list":
         print(library.listing())
         return
     if workdir is None:
@@ -284,6 +284,8 @@ def compare(runs: list[str], split: str | None, metrics: str | None, samples: st
 
     names = None if metrics is None else metrics.split(",")
     print(library.compare(runs, split, names, at_least_one("samples", samples), output))
+    if output is not None:
+        print(f"written to {output}")
 
 
 def at_least_one(option: str, value: str) -> int:
@@ -426,7 +428,8 @@ def load_config(value: str) -> config_dict.ConfigDict:
     try:
         return module.get_config(arg or None)
     except Exception as error:
-        raise flags.Error(f"{module.__file__}: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "  # a mistake in the program
+        raise flags.Error(f"{module.__file__}: {kind}{error}") from error
 
 
 def load_module(file: str) -> Any:
@@ -452,7 +455,7 @@ def usage() -> str:
         if command.several is not None:
             options = f"RUN RUN ... {options}"
         lines.append(f"  {name:9} {options}\n            {command.purpose}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "  --debug   with any command: where an error comes from"])
 
 
 def main(arguments: list[str]) -> int:
@@ -479,6 +482,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except BrokenPipeError:
+        raise
     except Exception as error:
         lost = hosts and hosts.lost(error)
         if type(error).__name__ == "Interrupted":
@@ -505,6 +510,10 @@ if __name__ == "__main__":
     os.environ.setdefault("PREFIX_TUNING_WITHOUT_TORCH", "1")  # this process is ours alone, and has no use for it
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141  # what a shell says of a closed pipe
     sys.exit(code)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from absl import flags
 
+from prefix_tuning.files import read_lines
+
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
     "farm animals": "cow horse goat sheep pig hen duck donkey",
@@ -109,7 +111,7 @@ def report(run: Path) -> str:
     summary = json.loads((run / "summary.json").read_text())
     lines = ["| | in the style's form | and without repeats | ROUGE-L |", "|---|---|---|---|"]
     for name, file in (("before", "untuned"), ("after", f"test_{summary['steps']}")):
-        rows = [json.loads(line) for line in (run / "predictions" / f"{file}.jsonl").read_text().splitlines()]
+        rows = read_lines(run / "predictions" / f"{file}.jsonl")
         form = sum(listed(row["source"], row["prediction"]) is not None for row in rows)
         right = sum(follows(row["source"], row["prediction"]) for row in rows)
         scores = summary["untuned" if name == "before" else "tuned"]

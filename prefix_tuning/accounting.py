@@ -9,7 +9,7 @@ from prefix_tuning import setup
 from prefix_tuning.errors import UserError
 from prefix_tuning.methods import METHODS
 from prefix_tuning.registry import named
-from prefix_tuning.types import Adaptation, Model, count
+from prefix_tuning.types import Adaptation, Model, count, joined
 
 LARGEST = 1 << 20  # no option of a method is searched beyond this
 
@@ -31,6 +31,7 @@ def account(options: dict[str, Any], model: Model, tokenizer: Any, size: str | N
 
     def bind(frozen: Any, trainable: Any) -> Adaptation:
         params, adaptation = method.bind(frozen, trainable)
+        params = {name: joined(weights) for name, weights in params.items()}
         replaces.append(any(a is not b for a, b in zip(*map(jax.tree.leaves, (params, frozen)), strict=True)))
         return adaptation
 

@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_tuning import evaluate, hosts, publish, setup
+from prefix_tuning import evaluate, hosts, nn, publish, setup
 from prefix_tuning import parallel as layouts
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.decode import DecodeConfig, make_generate, ready
 from prefix_tuning.errors import UserError, valid
-from prefix_tuning.files import guarded, read_json, read_text, replace, write_json
+from prefix_tuning.files import guarded, lines_of, read_json, read_text, replace, write_json
 from prefix_tuning.interop import kv, merged, peft, reading
 from prefix_tuning.interop.base import fingerprint
 from prefix_tuning.methods import compose
 from prefix_tuning.models import loading
 from prefix_tuning.record import WORKDIR
-from prefix_tuning.registry import call
+from prefix_tuning.registry import call, checked
 from prefix_tuning.types import Adaptation, Batch, Model, Params
 
 FORMATS = ("peft", "kv", "merged")
@@ -68,6 +68,8 @@ def save_adapter(folder: str, adaptation: Adaptation, model: Model, frozen: Para
 
     Raises `UserError` for what PEFT cannot express.
     """
+    if adaptation is None:
+        raise UserError("None, which is the bare model, cannot be saved as an adapter; expected an adaptation")
     peft.save_adapter(folder, adaptation, model, model.config.get("_name_or_path", ""), frozen=frozen)
 
 
@@ -100,6 +102,7 @@ def logits(
         )
     read = None if sources is None else padded(model, adaptation, sources)
     tokens, lengths = padded(model, adaptation if read is None else None, rows)
+    check_positions(model, adaptation, tokens, read and read[0])
     run = full_logits(model.hidden, model.unembed)
     with layouts.told_of(frozen):
         out = jax.device_get(run(frozen, adaptation, tokens, lengths, read))
@@ -123,7 +126,7 @@ def generate(
     tokens, lengths = padded(model, adaptation, rows)
     end = model.config.get("eos_token_id")
     ends = options.pop("end_tokens", () if end is None else (end,) if isinstance(end, int) else tuple(end))
-    config = call("generate", DecodeConfig, {"end_tokens": ends, "pad_token": ends[0] if ends else 0} | options)
+    config = checked("generate()", DecodeConfig, {"end_tokens": ends, "pad_token": ends[0] if ends else 0} | options)
     run = generator(HashableModel(model), config)
     frozen = ready(frozen, model)
     with layouts.told_of(frozen):
@@ -170,9 +173,12 @@ def full_logits(hidden: Any, unembed: Any) -> Any:
 
 
 def padded(model: Model, adaptation: Adaptation | None, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [B T] padded on the right, lengths [B]); raises `UserError` for an empty row or an impossible id."""
+    """(tokens [B T] padded on the right, lengths [B]); raises `UserError` for what are no rows of possible ids."""
     virtual = 0 if adaptation is None or adaptation.rows is None else len(adaptation.rows)
     known = model.vocabulary + virtual
+    for b, row in enumerate(rows):
+        if not np.ndim(row) or (not np.issubdtype(np.asarray(row).dtype, np.integer) and len(row)):
+            raise UserError(f"row {b} is {str(row)[:40]!r}; expected lists of token ids, such as [[5, 7, 9], [4]]")
     if not len(rows) or not all(len(row) for row in rows):
         raise UserError("expected at least one row, and at least one token id in each")
     for b, row in enumerate(rows):
@@ -184,6 +190,14 @@ def padded(model: Model, adaptation: Adaptation | None, rows: Sequence[Sequence[
     for b, row in enumerate(rows):
         tokens[b, : len(row)] = row
     return tokens, lengths
+
+
+def check_positions(model: Model, adaptation: Adaptation, tokens: np.ndarray, source: np.ndarray | None) -> None:
+    """Raises `UserError` for rows [B T], and sources [B S], that take more positions than the model knows."""
+    longest = nn.taken(adaptation, model) + (tokens if source is None else source).shape[1]
+    longest = longest if source is None else max(longest, tokens.shape[1])
+    if model.max_positions is not None and longest > model.max_positions:
+        raise UserError(f"the rows take {longest} positions; expected at most {model.max_positions}")
 
 
 def open_workdir(workdir: str) -> tuple[dict[str, Any], setup.Base, Params, Params, int]:
@@ -242,7 +256,7 @@ def generate_file(workdir: str, source: str, output: str) -> int:
 def read_sources(source: str, output: str) -> list[dict[str, Any]]:
     """The objects of a file for `generate_file`; raises `UserError` for what is none, or could not be written."""
     rows = []
-    for number, line in enumerate(read_text(source).splitlines(), start=1):
+    for number, line in enumerate(lines_of(read_text(source)), start=1):
         if not line.strip():
             continue
         try:
@@ -255,6 +269,8 @@ def read_sources(source: str, output: str) -> list[dict[str, Any]]:
         raise UserError(f"{source} is empty; expected JSON lines with 'source'")
     if not Path(output).resolve().parent.is_dir():
         raise UserError(f"cannot write {output}: its folder does not exist")
+    if Path(output).is_dir():
+        raise UserError(f"cannot write {output}: it is a folder; expected the name of a file")
     return rows
 
 

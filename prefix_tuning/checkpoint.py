@@ -93,7 +93,8 @@ class Checkpoints:
             except Exception as error:  # whatever a damaged file makes the reader raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 path = self.folder / str(step)
-                warnings.warn(f"checkpoint {path} is damaged ({reason}); trying the one before", stacklevel=3)
+                told = f"checkpoint {path} is damaged ({reason})"
+                warnings.warn(told if step == steps[-1] else f"{told}; trying the one before", stacklevel=3)
                 continue
             return step, {name: read[name] for name in like}, read.notes
         if steps:

@@ -7,11 +7,13 @@ from typing import Any
 
 from prefix_tuning.errors import UserError
 
+ENCODING = "utf-8-sig"  # what some editors begin a file with is no part of it
+
 
 def read_json(path: Path, expected: str) -> dict[str, Any]:
     """The JSON object in a file; raises `UserError` if there is none, saying what was `expected`."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(ENCODING))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}; expected {expected}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -23,7 +25,7 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, less a last line that a kill has cut short."""
-    lines = path.read_text().splitlines()
+    lines = lines_of(path.read_text(ENCODING))
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -37,15 +39,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def read_text(path: str | Path) -> str:
     """The contents of a text file; raises `UserError` if it cannot be read."""
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(ENCODING)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a file; what else Unicode counts as the end of a line may stand within one, as JSON has it."""
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def read_groups(path: str | Path) -> list[list[str]]:
     """Groups of lines parted by empty lines."""
     groups = [[]]
-    for line in read_text(path).splitlines():
+    for line in lines_of(read_text(path)):
         if line.strip():
             groups[-1].append(line)
         elif groups[-1]:
@@ -61,7 +68,7 @@ def write_json(path: Path, value: Any) -> None:
 def replace(path: Path, text: str) -> None:
     """Writes a file so that a kill leaves the old one or the new one."""
     scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text)
+    scratch.write_text(text, "utf-8")
     scratch.replace(path)
 
 

@@ -22,14 +22,19 @@ def defaults(factory: Callable) -> dict[str, Any]:
 
 def call(section: str, factory: Callable, options: dict[str, Any], *arguments: Any) -> Any:
     """factory(*arguments, **options), whose signature is the section's schema; raises `UserError` naming valid keys."""
+    return checked(f"config section {section}", factory, options, *arguments)
+
+
+def checked(where: str, factory: Callable, options: dict[str, Any], *arguments: Any) -> Any:
+    """`call` for options that stand somewhere else."""
     parameters = list(inspect.signature(factory).parameters.values())[len(arguments) :]
     known = [p.name for p in parameters]
     for key in options:
-        valid(f"key in config section {section}:", key, known)
+        valid(f"key in {where}:", key, known)
     lacking = [p.name for p in parameters if p.default is p.empty and p.name not in options]
     if lacking:
-        raise UserError(f"config section {section} lacks {', '.join(lacking)}")
+        raise UserError(f"{where} lacks {', '.join(lacking)}")
     try:
         return factory(*arguments, **options)
     except TypeError as error:  # a text where a number belongs
-        raise UserError(f"config section {section}: {error}") from error
+        raise UserError(f"{where}: {error}") from error

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefix_tuning.errors import UserError
-from prefix_tuning.files import guarded, read_json, read_text, replace
+from prefix_tuning.files import guarded, lines_of, read_json, read_text, replace
 from prefix_tuning.state import State, look
 
 PAGE = Path(__file__).with_name("report_page.html")
@@ -122,7 +122,7 @@ def lines(file: Path, problems: list[str], most: int | None = None) -> list[dict
     if not file.exists():
         return []
     try:
-        texts = read_text(file).splitlines()
+        texts = lines_of(read_text(file))
     except UserError as error:
         problems.append(str(error))
         return []

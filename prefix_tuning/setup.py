@@ -21,7 +21,7 @@ from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.optimizer import make_optimizer
 from prefix_tuning.registry import call, defaults, named
-from prefix_tuning.types import Adaptation, Method, Model, Objective, Params, TrainState, count
+from prefix_tuning.types import Adaptation, Method, Model, Objective, Params, TrainState, count, joined
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("decode", "parallel", "mesh")  # not in every config
@@ -169,7 +169,8 @@ def check_int8(name: str, method: Method, model: Model) -> None:
     changed: list[str] = []
 
     def bind(frozen: Params, trainable: Params) -> None:
-        kept = set(map(id, jax.tree.leaves(method.bind(frozen, trainable)[0])))
+        bound = {name: joined(weights) for name, weights in method.bind(frozen, trainable)[0].items()}
+        kept = set(map(id, jax.tree.leaves(bound)))
         for path, spec in loading.paths(model.specs):
             leaf = loading.flatten({path[0]: frozen[path[0]]})[path]
             if loading.contracted(path, spec) is not None and id(leaf) not in kept:

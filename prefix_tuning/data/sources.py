@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import huggingface_hub
 
 from prefix_tuning.errors import UserError, valid
 
@@ -64,7 +65,7 @@ def rows(path: str, split: str, files: Files, aliases: Mapping[str, Sequence[str
 
 def read_jsonl(file: Path) -> Iterator[Row]:
     """Yields the objects of a JSON-lines file; raises UserError naming the line that holds none."""
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 fields = json.loads(line)
@@ -186,6 +187,7 @@ def with_config(path: str, collections: Sequence[str], config: str) -> str:
 
 def _through_datasets(path: str, split: str, aliases: Mapping[str, Sequence[str]]) -> Iterator[Row]:
     name, _, config = (path, "", "") if Path(path).is_dir() else path.partition(":")
+    huggingface_hub.logging.set_verbosity_error()  # each attempt without a network would be told in several lines
     try:
         present = datasets.get_dataset_split_names(name, config or None)
         known = next((alias for alias in aliases[split] if alias in present), None)

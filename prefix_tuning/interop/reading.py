@@ -32,6 +32,8 @@ def load_adapter(name: str | Path, model: Model, frozen: Params | None, *, heade
     for reader in (kv, released):
         if reader.recognise(path):
             return reader.load(path, model, frozen)
+    if (path / "adapter" / peft.CONFIG).is_file():
+        raise UserError(f"{path} is a workdir; expected its {path / 'adapter'}")
     if path.is_dir():  # as PEFT names what is missing
         raise UserError(f"{path} has no {peft.CONFIG}; expected {EXPECTED}")
     raise UserError(f"{path} is not read as an adaptation; expected {EXPECTED}")
