@@ -204,18 +204,16 @@ def read(
 
 
 def opened(config: DecodeConfig, rows: Running) -> Running:
-    """What `read` gave, with room for all that will be written, by every beam."""
+    """What `read` gave, with room for all that every beam will write; what is written, they all continue."""
+    W, N, cache = config.num_beams, config.max_new_tokens, rows.cache
+    B, _, written = cache.ancestors.shape  # no more than the token that a decoder starts with
 
     def room(x: Array) -> Array:
-        axis, written = x.ndim - 4, x.shape[-2]
-        x = jnp.repeat(x, config.num_beams, axis=axis)
-        empty = jnp.zeros((*x.shape[:-2], config.max_new_tokens, x.shape[-1]), x.dtype)
-        return empty.at[..., :written, :].set(x)
+        return jnp.zeros((*x.shape[:-2], N * W, x.shape[-1]), x.dtype).at[..., :written, :].set(x)
 
-    cache = rows.cache
-    slot = jnp.int32((cache.k[0].shape[-2] if cache.k else 0) % config.max_new_tokens)
     k, v = jax.tree.map(room, (cache.k, cache.v))
-    return rows._replace(cache=cache.replace(k=k, v=v, slot=slot))
+    ancestors, slot = jnp.zeros((B, W, N), jnp.int32), jnp.int32(written % N)
+    return rows._replace(cache=cache.replace(k=k, v=v, ancestors=ancestors, slot=slot))
 
 
 def until_done(
@@ -235,7 +233,7 @@ def until_done(
         if isinstance(text, Text):
             fed = jnp.take_along_axis(text.new, last[:, None], axis=1)
         else:
-            cache = reorder(cache, text.parents)
+            cache = continuing(cache, text.parents)
             fed = jnp.take_along_axis(text.running, last[:, None, None], axis=2)[:, :, 0]
         logits, cache = model.decode(params, adaptation, cache, fed)
         return extended(config, rows._replace(cache=cache), logits.reshape(fed.size, -1), key)
@@ -433,9 +431,7 @@ def pick(x: Array, index: Array) -> Array:
     return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
-def reorder(cache: Cache, parents: Array) -> Cache:
-    """The cache after beam w of each prompt became a continuation of beam parents [B W]."""
-    B, W = parents.shape
-    rows = (jnp.arange(B)[:, None] * W + parents).reshape(B * W)
-    k, v = jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), (cache.k, cache.v))
-    return cache.replace(k=k, v=v)
+def continuing(cache: Cache, parents: Array) -> Cache:
+    """The cache for beams of which beam w of each prompt continues beam parents [B W], and then itself."""
+    ancestors, own = pick(cache.ancestors, parents), jnp.arange(parents.shape[1])
+    return cache.replace(ancestors=ancestors.at[:, :, cache.slot].set(own))

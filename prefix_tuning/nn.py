@@ -279,9 +279,9 @@ def step_over_layers(
 ) -> tuple[Any, Written]:
     """`over_layers` for a decoding step: `body(x, (weights, beside), cached, layer) -> (x, cached)`.
 
-    `beside` is in the parts that the layers lie in.  `cached` is the part [L R K N H] of the cache that the layer lies
+    `beside` is in the parts that the layers lie in.  `cached` is the part [L B K S H] of the cache that the layer lies
     in, and `layer` its number there: carried, not scanned over, so that XLA writes one slot in place instead of copying
-    every layer.  A part of one layer has cached [R K N H] and no number.
+    every layer.  A part of one layer has cached [B K S H] and no number.
     """
     found = []
     for part, own, k, v in zip(parts(layers), beside, *written, strict=True):
@@ -328,35 +328,43 @@ def unwritten(layers: Layers, rows: int, slots: int, heads: tuple[int, int], dty
 
 
 def write(cached: KV, k: Array, v: Array, layer: Array | None, slot: Array) -> tuple[KV, KV]:
-    """The cached keys and values with those of one token in each row, [B W K H], and then the layer's [R N K H].
+    """The cached keys and values with those of a token of each beam, [B W K H], and then the layer's [B N*W K H].
 
     For `cached` and `layer` see `step_over_layers`.
     """
 
     def put(old, new):
-        new = new.reshape(-1, new.shape[-2], 1, new.shape[-1])
+        first = (0, 0, slot * new.shape[1], 0)
+        new = new.swapaxes(1, 2)
         if layer is None:
-            return jax.lax.dynamic_update_slice(old, new, (0, 0, slot, 0))
-        return jax.lax.dynamic_update_slice(old, new[None], (layer, 0, 0, slot, 0))
+            return jax.lax.dynamic_update_slice(old, new, first)
+        return jax.lax.dynamic_update_slice(old, new[None], (layer, *first))
 
     cached = KV(put(cached.k, k), put(cached.v, v))
     return cached, slots_last(cached if layer is None else jax.tree.map(lambda x: x[layer], cached))
 
 
 def ages(cache: Cache) -> Array:
-    """How many steps ago each slot [N] of a cache was written, 0 for the one that this step writes."""
-    slots = cache.k[0].shape[-2]
-    return (cache.slot - jnp.arange(slots)) % slots
+    """How many steps ago each token [N*W] of a cache was written, 0 for those that this step writes."""
+    _, beams, slots = cache.ancestors.shape
+    return jnp.repeat((cache.slot - jnp.arange(slots)) % slots, beams)
 
 
 def numbers(cache: Cache) -> Array:
-    """The number of the token in each slot [B N] within what its row writes, this step's included; below 0 for none."""
+    """The number of each token [B N*W] within what its row writes, this step's included; below 0 for none."""
     return cache.written[:, None] - ages(cache)
+
+
+def continued(cache: Cache) -> Array:
+    """Which tokens each beam continues, bool [B W N*W], the one that it writes in this step included."""
+    rows, beams, slots = cache.ancestors.shape
+    own = cache.ancestors[..., None] == jnp.arange(beams)
+    return own.reshape(rows, beams, slots * beams) & (numbers(cache) >= 0)[:, None]
 
 
 def stepped(cache: Cache, k: tuple[Array, ...], v: tuple[Array, ...]) -> Cache:
     """The cache after a step that wrote k and v."""
-    slots = cache.k[0].shape[-2]
+    slots = cache.ancestors.shape[-1]
     written = jnp.minimum(cache.written + 1, slots)  # a row that has ended may wait longer than it wrote
     return cache.replace(k=k, v=v, slot=(cache.slot + 1) % slots, written=written)
 
@@ -450,7 +458,6 @@ def attend(
 ) -> Array:
     """Attention of q [B T K G H] over k, v [B S K H] where mask [B T S] allows, and over every slot of the prefixes.
 
-    Where each query has keys of its own, as beams have of what they wrote, k and v are [B*T S K H].
     More scores than `SCORES` are made for a part of the queries at a time, and once more by the backward pass; `causal`
     says that the mask hides keys [B T K H] after a query, so that no part reads beyond its last.
     A shared prefix [P K H] is never repeated over the batch: its scores and the real ones are arrays of their own under
@@ -463,7 +470,7 @@ def attend(
         raise UserError(f"causal attention of {q.shape[1]} queries over {k.shape[1]} keys; expected as many of both")
     at_once = functools.partial(attend_at_once, how=how)
     keys = k.shape[1] + sum(prefix.k.shape[-3] for prefix in prefixes)
-    if q.shape[1] * keys <= SCORES or len(k) != len(q):
+    if q.shape[1] * keys <= SCORES:
         return at_once(q, k, v, mask, prefixes, bias)
 
     def part(start: int, stop: int, q, k, v, mask, prefixes, bias):  # cuts within, so that nothing cut is kept
@@ -557,24 +564,14 @@ def capped(scores: Array, cap: float | None) -> Array:
 
 def token_scores(q: Array, k: Array, mask: Array, how: Attention, bias: Array | None = None) -> Array:
     """float32 scores [B K G T S] of scaled queries and keys as `attend` has them; -inf outside mask [B T S]."""
-    if len(k) == len(q):
-        scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-    else:  # each query has its own
-        rows = q.reshape(-1, *q.shape[2:])
-        scores = jnp.einsum("rkgh,rskh->rkgs", rows, k, preferred_element_type=jnp.float32)
-        scores = jnp.moveaxis(scores.reshape(*q.shape[:2], *scores.shape[1:]), 1, 3)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
     scores = capped(scores, how.softcap)
     return jnp.where(mask[:, None, None], scores if bias is None else scores + bias, -jnp.inf)
 
 
 def token_values(weights: Array, v: Array) -> Array:
-    """The values [B T K G H] that weights [B K G T S] make of v [B S K H] or, of each query's own, [B*T S K H]."""
-    weights = weights.astype(v.dtype)
-    if len(v) == len(weights):
-        return jnp.einsum("bkgts,bskh->btkgh", weights, v)
-    weights = jnp.moveaxis(weights, 3, 1)  # [B T K G S]
-    out = jnp.einsum("rkgs,rskh->rkgh", weights.reshape(-1, *weights.shape[2:]), v)
-    return out.reshape(*weights.shape[:2], *out.shape[1:])
+    """The values [B T K G H] that weights [B K G T S] make of v [B S K H]."""
+    return jnp.moveaxis(jnp.einsum("bkgts,bskh->bkgth", weights.astype(v.dtype), v), 3, 1)
 
 
 def slot_scores(q: Array, prefix: KV, how: Attention) -> Array:

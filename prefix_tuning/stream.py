@@ -153,28 +153,26 @@ def place(
     written = jax.tree.map(lambda out, own: out.at[index].set(own, mode="drop"), written, texts(config, running))
     source = jnp.minimum(index, B - 1)
 
-    def put(old: Array, new: Array, axis: int = 0, beams: int = 1) -> Array:
-        chosen = jnp.repeat(jnp.take(new, source, axis), beams, axis)
-        where = jnp.repeat(taken, beams).reshape(-1, *[1] * (old.ndim - axis - 1))
-        return jnp.where(where, chosen, old)
+    def put(old: Array, new: Array, axis: int = 0) -> Array:
+        where = taken.reshape(-1, *[1] * (old.ndim - axis - 1))
+        return jnp.where(where, jnp.take(new, source, axis), old)
 
     rows = jax.tree.map(put, running._replace(cache=None), waiting._replace(cache=None))
-    cache = place_cache(running.cache, waiting.cache, put, config.num_beams)
+    cache = place_cache(running.cache, waiting.cache, put)
     return rows._replace(cache=cache), written, placed + taken.sum()
 
 
-def place_cache(old: Cache, new: Cache, put: Callable[..., Array], beams: int) -> Cache:
+def place_cache(old: Cache, new: Cache, put: Callable[..., Array]) -> Cache:
     """The cache of rows of which some were taken, which `put` puts in their places."""
+    _, beams, slots = old.ancestors.shape
+    first = (old.slot - 1) % slots * beams  # the first beam's place, which all beams of a new row continue
 
     def put_read(x: Array, y: Array) -> Array:  # [L B K S H]
         return put(x, y, x.ndim - 4)
 
-    def put_written(x: Array, y: Array) -> Array:  # [L B*W K N H], of which new rows have written one token or none
-        if y.shape[-2] == 0:
-            return x
-        slot = (old.slot - 1) % x.shape[-2]
-        there = jax.lax.dynamic_slice_in_dim(x, slot, 1, x.ndim - 2)
-        return jax.lax.dynamic_update_slice_in_dim(x, put(there, y, x.ndim - 4, beams), slot, x.ndim - 2)
+    def put_written(x: Array, y: Array) -> Array:  # [L B K N*W H], of which new rows have written one token or none
+        there = jax.lax.dynamic_slice_in_dim(x, first, y.shape[-2], x.ndim - 2)
+        return jax.lax.dynamic_update_slice_in_dim(x, put_read(there, y), first, x.ndim - 2)
 
     k, v = (jax.tree.map(put_written, getattr(old, name), getattr(new, name)) for name in "kv")
     position, written, source = (

@@ -154,16 +154,19 @@ class Batch:
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of what decoding attends to: of each prompt once, and of what each of its W beams has written.
+    """Keys and values of what decoding attends to: of each prompt once, and of what its W beams have written.
 
-    Beams stand as queries side by side, [B W], which do not see each other, so that what they share is never repeated.
+    Beams stand as queries side by side, [B W], so that what they share is never repeated.  A token stays where its beam
+    wrote it: a beam that continues another sees what that one sees, and nothing is copied.
     Heads come before slots, as products over slots want them: transposed once, not at every step.  Of N slots all rows
     write the same one, around and around; what a row wrote lies in those before it, so that rows may begin at any time.
     """
 
-    # [L B*W K N H] of the last tokens written, in the parts that the weights lie in, without L where that is 1
+    # [L B K N*W H] of the last tokens written, the beams' side by side in every slot, in the parts that the weights lie
+    # in, without L where that is 1
     k: tuple[Array, ...]
     v: tuple[Array, ...]
+    ancestors: Array  # int32 [B W N] which beam wrote the token in each slot that each beam continues; itself in `slot`
     slot: Array  # int32 [] the next one to write
     written: Array  # int32 [B] how many tokens each row has written, at most N
     position: Array  # int32 [B] the position of the first token that is written, before `Adaptation.shift`

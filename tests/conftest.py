@@ -343,7 +343,8 @@ def table_model(vocabulary, called=lambda: None):
     """A model whose next token depends on the last one alone: params [V V] are logits."""
 
     def prefill(params, adaptation, tokens, lengths, slots):
-        cache = Cache((), (), slot=jnp.int32(0), written=jnp.zeros_like(lengths), position=lengths, read=())
+        none = jnp.zeros((len(tokens), 1, 0), jnp.int32)
+        cache = Cache((), (), none, slot=jnp.int32(0), written=jnp.zeros_like(lengths), position=lengths, read=())
         return params[tokens[jnp.arange(len(tokens)), lengths - 1]], cache
 
     def step(params, adaptation, cache, tokens):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -523,6 +524,24 @@ def test_one_trace_per_shape():
     assert len(traces) == 1
     run(generate, TABLE, [[1], [2, 4], [5]])
     assert len(traces) == 2
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_step_moves_nothing_of_the_cache(twins, beams):
+    """What is compiled writes into keys and values where they are: no copy, gather or transpose in the loop."""
+    twin, config = twins("llama"), options(num_beams=beams)
+    params, prompts = nn.apart(twin.params, twin.model), random_prompts(twin.model.vocabulary, 5)
+    generate = decode.make_generate(twin.model, config)
+    size = B * beams * N * math.prod(twin.model.sites["decoder"].kv["self"])
+    made, entry = set(), False
+    for line in generate.lower(params, Adaptation(), *padded(prompts)).compile().as_text().splitlines():
+        if line.endswith("{"):
+            entry = line.startswith("ENTRY")  # where the cache is made
+        found = re.search(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", line)
+        if found and not entry and math.prod(map(int, found[1].split(","))) == size:
+            made.add(found[2])
+    assert "dynamic-update-slice" in made
+    assert made <= {"dynamic-update-slice", "fusion", "bitcast", "broadcast", "parameter", "get-tuple-element"}
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,14 @@ def build(
         k, v = nn.unwritten(params["layers"], rows, new, sites.kv["self"], kv.k.dtype)
         read = nn.in_parts(nn.slots_last(kv), params["layers"])
         cache = Cache(
-            k=k, v=v, slot=jnp.int32(0), written=jnp.zeros(rows, jnp.int32), position=lengths, read=read, prompt=before
+            k=k,
+            v=v,
+            ancestors=jnp.zeros((rows, 1, new), jnp.int32),
+            slot=jnp.int32(0),
+            written=jnp.zeros(rows, jnp.int32),
+            position=lengths,
+            read=read,
+            prompt=before,
         )
         return nn.next_words(layer.unembed, params, x[jnp.arange(rows), lengths - 1]), cache
 
@@ -166,7 +173,7 @@ def build(
         stream = start(params, adaptation, tokens, position)
         prompt, own = jnp.arange(cache.read[0].k.shape[-2])[None], nn.numbers(cache)
         real = (prompt < cache.position[:, None])[:, None]  # [B 1 S]
-        so_far = jnp.broadcast_to((own >= 0)[:, None], (*tokens.shape, own.shape[1]))
+        so_far = nn.continued(cache)
 
         def body(x, inputs, cached, number):
             weights, hooks, read, before = inputs

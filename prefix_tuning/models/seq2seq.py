@@ -150,16 +150,24 @@ def build(
         _, cross = over_layers(offer, None, params["layers"], adaptation.decoder)
         cross = nn.in_parts(cross, params["layers"])
         k, v = nn.unwritten(params["layers"], rows, new, sites["decoder"].kv["self"], states.dtype)
-        position = jnp.zeros(rows, jnp.int32)
-        cache = Cache(k=k, v=v, slot=jnp.int32(0), written=position, position=position, read=cross, source=segments > 0)
+        none = jnp.zeros(rows, jnp.int32)
+        cache = Cache(
+            k=k,
+            v=v,
+            ancestors=jnp.zeros((rows, 1, new), jnp.int32),
+            slot=jnp.int32(0),
+            written=none,
+            position=none,
+            read=cross,
+            source=segments > 0,
+        )
         logits, cache = decode(params, adaptation, cache, jnp.full((rows, 1), start, jnp.int32))
         return logits[:, 0], cache
 
     def decode(params: Params, adaptation: Adaptation, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
-        own, written = nn.numbers(cache), cache.written[:, None]
-        mask = jnp.broadcast_to((own >= 0)[:, None], (*tokens.shape, own.shape[1]))
+        mask, written = nn.continued(cache), cache.written[:, None]
         visible = jnp.broadcast_to(cache.source[:, None], (*tokens.shape, cache.source.shape[1]))
-        # How long ago a slot was written is the same in all rows, and all that a relative position says.
+        # How long ago a token was written is the same in all rows, and all that a relative position says.
         added, moved = bias(params, "decoder", jnp.zeros(1, jnp.int32), -nn.ages(cache)), before(adaptation)
         place = functools.partial(placed_at, params, queries=moved + written)
 
