@@ -147,7 +147,7 @@ def finish(jobs, root, wait_for=""):
 
 @pytest.fixture(scope="module")
 def runs(folder, tmp_path_factory):  # noqa: F811
-    """A folder in which two processes have trained until one was killed, and two with more devices have gone on.
+    """A folder in which two processes have trained until one was killed, and four have gone on.
 
     Beside it what one process made of the same, and two of several runs in one step; three have met.
     """
@@ -165,7 +165,7 @@ def runs(folder, tmp_path_factory):  # noqa: F811
     jobs = [
         {"name": "meet", "count": 3, "devices": 1},
         {"name": "two", "count": 2, "devices": 1, "arguments": ["train", *config, workdir], "lose": 1},
-        {"name": "more", "count": 2, "devices": 2, "arguments": ["train", *config, workdir]},
+        {"name": "more", "count": 4, "devices": 1, "arguments": ["train", *config, workdir]},
         {"name": "generate", "count": 2, "devices": 2, "arguments": ["generate", workdir, *files]},
         {
             "name": "nowhere",
@@ -210,9 +210,9 @@ def test_one_lost_ends_the_others_with_a_word(runs):
     assert last.endswith("; the same command on all hosts goes on from the last checkpoint")
 
 
-def test_more_devices_go_on_as_one_process_would(runs):
+def test_more_processes_go_on_as_one_would(runs):
     root, alone, ends = runs
-    assert ends["more"][0] == [0, 0], (root / "more.0.err").read_text()
+    assert ends["more"][0] == [0] * 4, (root / "more.0.err").read_text()
     first = (root / "more.0.err").read_text()
     assert "going on after step 3" in first
     lines, wanted = untimed(root / "w"), untimed(root / "alone")
@@ -254,7 +254,7 @@ def test_the_first_process_speaks_for_all(runs):
     assert "tuned" in (root / "more.0.out").read_text()
     assert (root / "more.1.out").read_text() == ""
     assert "step" not in (root / "more.1.err").read_text()
-    assert json.loads((root / "w" / "environment.json").read_text())["hosts"] == 2
+    assert json.loads((root / "w" / "environment.json").read_text())["hosts"] == 4
 
 
 def test_two_processes_train_several_runs_in_one_step(folder, runs):  # noqa: F811
