@@ -82,7 +82,8 @@ def test_empty_adaptation_is_the_model_bit_for_bit(twin, family, monkeypatch):
         scores = jnp.einsum("btkgh,bskh->bkgts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
         scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        return jnp.einsum("bkgts,bskh->btkgh", weights, v) * jnp.moveaxis(1 / weights.sum(-1, keepdims=True), 3, 1)
+        values = jnp.moveaxis(jnp.einsum("bkgts,bskh->bkgth", weights, v), 3, 1)
+        return values * jnp.moveaxis(1 / weights.sum(-1, keepdims=True), 3, 1)
 
     monkeypatch.setattr(nn, "attend", plain)
     monkeypatch.setattr(nn, "shifted", lambda positions, adaptation: positions)
