@@ -1,7 +1,7 @@
 """Config -> everything a run needs: the only place that looks names up, before an accelerator is touched."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +108,8 @@ def make_base(config: dict[str, Any]) -> Base:
     if unknown or missing:
         told = [f"{what} {', '.join(keys)}" for what, keys in (("unknown:", unknown), ("lacking:", missing)) if keys]
         raise UserError(f"config sections {' and '.join(told)}; expected {', '.join(SECTIONS)}")
+    for key in config["model"]:
+        valid("key in config section model:", key, ("name", *MODEL))
     valid("model.dtype", config["model"].get("dtype", MODEL["dtype"]), loading.DTYPES)
     weights = valid("model.weights", config["model"].get("weights", MODEL["weights"]), loading.WEIGHTS)
     folder = loading.find_folder(resolve(config["model"]["name"]))
@@ -206,7 +208,15 @@ def make_text(section: dict[str, Any], method: Method, model: Model) -> dict[str
         raise UserError(f"text.prompt is {prompt!r}; expected a template such as '{{source}}\n'")
     if "{rows:" in prompt:
         raise UserError("text.prompt has {rows:N}; virtual tokens belong to a method: set method.template instead")
+    refuse("text", section, ("virtual", "start"), "the model's")
     return section | {"prompt": method.template.replace("{prompt}", prompt), "virtual": model.vocabulary}
+
+
+def refuse(name: str, section: dict[str, Any], taken: Sequence[str], whose: str) -> None:
+    """Raises `UserError` for options of a config section that are not the user's to set, rather than ignoring them."""
+    for key in taken:
+        if key in section:
+            raise UserError(f"config section {name} has {key!r}, which is {whose}; drop it")
 
 
 def load_weights(base: Base, config: dict[str, Any]) -> Params:
@@ -340,6 +350,7 @@ def make_decode(section: dict[str, Any], tokenizer: Any, folder: Path) -> Decode
     """A `DecodeConfig`; its banned tokens are given as texts of one token each, its end token is the tokenizer's."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder} has no tokenizer with an end token (eos_token); text cannot be written without")
+    refuse("decode", section, ("end_tokens", "pad_token"), "the tokenizer's")
     options = dict(section)
     banned = []
     for text in options.pop("banned", ()):

@@ -267,6 +267,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
         ({"objective__normalisation": "word"}, "unknown objective.normalisation 'word'; valid: sequence, token"),
         ({"decode__num_beams": 0}, "num_beams"),
         ({"model__dtype": "float8"}, "unknown model.dtype 'float8'; valid: bfloat16"),
+        ({"model__wieghts": "int8"}, "unknown key in config section model: 'wieghts'; valid: dtype, name, remat, scan"),
+        ({"text__virtual": 5}, "config section text has 'virtual', which is the model's; drop it"),
+        ({"text__start": 5}, "config section text has 'start', which is the model's; drop it"),
+        ({"decode__end_tokens": (5,)}, "config section decode has 'end_tokens', which is the tokenizer's; drop it"),
+        ({"decode__pad_token": 5}, "config section decode has 'pad_token', which is the tokenizer's; drop it"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(folder, tmp_path, overrides, message):
