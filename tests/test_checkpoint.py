@@ -199,10 +199,12 @@ def test_all_damaged_raises(saved, tmp_path):
         for file in files_of(folder, step):
             DAMAGES["halved"](file)
     with (
-        pytest.warns(UserWarning, match="is damaged"),
+        pytest.warns(UserWarning, match="is damaged") as caught,
         pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(steps \[7, 3\]\); use another workdir"),
     ):
         restore(folder)
+    told = [str(one.message) for one in caught if "is damaged" in str(one.message)]
+    assert [text.endswith("; trying the one before") for text in told] == [True, False]  # there is none before 3
     assert numbered(folder) == [3, 7]  # nothing is thrown away
 
 

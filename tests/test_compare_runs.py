@@ -307,6 +307,7 @@ def test_pages_hold_every_record_as_it_is(tmp_path, capsys):
     names = [write(tmp_path / str(i), rows(one, references, [ODD, "s", "t"])) for i, one in enumerate(runs)]
     for kind in ("html", "md"):
         assert run.main(["compare", *names, SAMPLES, f"--output={tmp_path}/page.{kind}"]) == 0
+        assert capsys.readouterr().out.endswith(f"\nwritten to {tmp_path}/page.{kind}\n")
     found = Cells()
     found.feed((tmp_path / "page.html").read_text())
     assert found.tags.count("script") == 1
