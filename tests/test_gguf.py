@@ -210,3 +210,14 @@ def test_files_that_are_refused(tmp_path, reference, given, message):
     with pytest.raises(UserError, match=message) as raised:
         prefix_tuning.load_model(tmp_path / "model.gguf")
     assert "\n" not in str(raised.value)
+
+
+def test_what_is_wrong_with_one_layer_is_raised():
+    """Also where it is read beside others, in a thread of its own."""
+
+    def read(layer):
+        if layer == 2:
+            raise UserError(f"layer {layer} cannot be dequantised")
+
+    with pytest.raises(UserError, match="layer 2 cannot be dequantised"):
+        loading.in_threads(read, range(4))
