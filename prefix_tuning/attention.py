@@ -131,6 +131,11 @@ def slots_at(hooks: LayerHooks, site: str, *before: KV | None) -> list[KV]:
     return [kv for kv in ((hooks.kv or {}).get(site), *before) if kv is not None]
 
 
+def per_row(kv: KV) -> bool:
+    """Whether a prefix [L ...] differs from row to row."""
+    return kv.k.ndim == 5 or (kv.mask is not None and kv.mask.ndim == 3)
+
+
 def recall(attended: Array, q: Array, hooks: LayerHooks, site: str) -> Array:
     """attended [B T K G H] plus feature(q) m (Wang et al. 2025: a prefix that takes no softmax mass)."""
     memory = (hooks.memory or {}).get(site)
@@ -138,11 +143,6 @@ def recall(attended: Array, q: Array, hooks: LayerHooks, site: str) -> Array:
         return attended
     features = FEATURES[memory.feature](q)
     return attended + jnp.einsum("btkgh,kghi->btkgi", features, memory.m.astype(q.dtype))
-
-
-def per_row(kv: KV) -> bool:
-    """Whether a prefix [L ...] differs from row to row."""
-    return kv.k.ndim == 5 or (kv.mask is not None and kv.mask.ndim == 3)
 
 
 def segment_mask(segments: Array) -> Array:

@@ -96,8 +96,8 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     return scale * y.astype(x.dtype)
 
 
-def gate(activation: Callable[[Array], Array], gates: Array, x: Array) -> Array:
-    """activation(gates) x, of which only the two factors are kept for the derivative."""
+def glu(activation: Callable[[Array], Array], gates: Array, x: Array) -> Array:
+    """A gated linear unit, activation(gates) x, of which only the two factors are kept for the derivative."""
     return jax.checkpoint(lambda gates, x: activation(gates) * x)(gates, x)
 
 

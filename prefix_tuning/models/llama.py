@@ -188,7 +188,7 @@ def build_variant(config: dict[str, Any], variant: Variant, *, scan: bool = True
         x = add(layer, hooks, x, nn.project(attended, layer["o"], hooks, "o", axes=3), read, "attention")
         read = normalise(x, layer["mlp_norm"])
         gate, up = (nn.project(read, layer[name], hooks, name) for name in ("gate", "up"))
-        x = add(layer, hooks, x, nn.project(nn.gate(activation, gate, up), layer["down"], hooks, "down"), read, "mlp")
+        x = add(layer, hooks, x, nn.project(nn.glu(activation, gate, up), layer["down"], hooks, "down"), read, "mlp")
         return nn.adapt(x, x, hooks, "block")
 
     def norm(params, x):

@@ -160,7 +160,7 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
     def mlp(layer, hooks, x):
         read = normed(layer, "mlp_norm", x)
         up = nn.project(read, layer["up"], hooks, "up")
-        up = nn.gate(activation, nn.project(read, layer["gate"], hooks, "gate"), up) if gated else activation(up)
+        up = nn.glu(activation, nn.project(read, layer["gate"], hooks, "gate"), up) if gated else activation(up)
         x = x + nn.adapt(nn.project(up, layer["down"], hooks, "down"), read, hooks, "mlp")
         return nn.adapt(x, x, hooks, "block")
 
