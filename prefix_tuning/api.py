@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_tuning import evaluate, hosts, nn, publish, setup
+from prefix_tuning import evaluate, fit, hosts, publish, setup
 from prefix_tuning import parallel as layouts
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.decode import DecodeConfig, make_generate, ready
@@ -194,7 +194,7 @@ def padded(model: Model, adaptation: Adaptation | None, rows: Sequence[Sequence[
 
 def check_positions(model: Model, adaptation: Adaptation, tokens: np.ndarray, source: np.ndarray | None) -> None:
     """Raises `UserError` for rows [B T], and sources [B S], that take more positions than the model knows."""
-    longest = nn.taken(adaptation, model) + (tokens if source is None else source).shape[1]
+    longest = fit.taken(adaptation, model) + (tokens if source is None else source).shape[1]
     longest = longest if source is None else max(longest, tokens.shape[1])
     if model.max_positions is not None and longest > model.max_positions:
         raise UserError(f"the rows take {longest} positions; expected at most {model.max_positions}")

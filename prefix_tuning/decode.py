@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from prefix_tuning import nn
+from prefix_tuning import fit, stacks
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.types import Adaptation, Cache, Model, Params
 
@@ -74,8 +74,8 @@ def make_generate(model: Model, config: DecodeConfig) -> Callable[..., tuple[Arr
 
     Prompts, to an encoder-decoder its sources, are padded on the right to T and have at least one token.  A new length
     counts the end token, after which `pad_token` follows.  It is compiled once per (B, T); only sampling needs a key.
-    Weights whose layers are `nn.apart` are read fastest.  Raises `UserError` for token ids that the model lacks, and
-    when traced for a prompt that leaves too few positions.
+    Weights whose layers are `stacks.apart` are read fastest.  Raises `UserError` for token ids that the model lacks,
+    and when traced for a prompt that leaves too few positions.
     """
     check(model, config)
 
@@ -94,18 +94,18 @@ def compiler_options() -> dict[str, str]:
 
 
 def ready(params: Params, model: Model) -> Params:
-    """The weights as `generate` reads them fastest, `nn.apart`, if memory has room for copies; else as they are.
+    """The weights as `generate` reads them fastest, `stacks.apart`, if memory has room for copies; else as they are.
 
     As much again has to stay free, for what decoding itself holds.  On CPUs nothing is copied.
     """
     leaves = jax.tree.leaves(params[model.layers("decoder")])
     if not all(isinstance(x, Array) and x.is_fully_addressable for x in leaves):
         return params  # several processes would each decide by their own memory
-    if all(map(nn.on_cpu, leaves)):
-        return nn.apart(params, model)
+    if all(map(stacks.on_cpu, leaves)):
+        return stacks.apart(params, model)
     held = max(sum(x.addressable_data(n).nbytes for x in leaves) for n in range(len(leaves[0].addressable_shards)))
     free = free_memory()
-    return params if free is not None and 2 * held > free else nn.apart(params, model)
+    return params if free is not None and 2 * held > free else stacks.apart(params, model)
 
 
 def free_memory() -> int | None:
@@ -365,7 +365,7 @@ def prefill(
     model: Model, config: DecodeConfig, params: Params, adaptation: Adaptation, tokens: Array, lengths: Array
 ) -> tuple[Array, Cache]:
     """Reads prompts [B T], without room to write yet; raises `UserError` if they leave too few positions for that."""
-    prefix = nn.taken(adaptation, model)
+    prefix = fit.taken(adaptation, model)
     length, new = tokens.shape[1], config.max_new_tokens
     apart = model.is_encoder_decoder
     longest = max(prefix + length, new) if apart else prefix + length + new

@@ -268,7 +268,7 @@ class Sharded:
         return jax.device_get(jax.jit(lambda x: x, out_shardings=self.on(WHOLE))(rows))
 
     def told(self, function: Callable) -> Callable:
-        """The function, which knows this mesh while it is traced; `nn.spread` asks for it."""
+        """The function, which knows this mesh while it is traced; `sharding.spread` asks for it."""
 
         def traced(*arguments: Any) -> Any:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):

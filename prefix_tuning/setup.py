@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prefix_tuning import data, nn, parallel
+from prefix_tuning import data, fit, parallel
 from prefix_tuning.data import pipeline, tasks
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError, valid
@@ -161,7 +161,7 @@ def make_base(config: dict[str, Any]) -> Base:
         task=task,
         text=make_text(config["text"], method, model),
         decode=None if task else make_decode(config["decode"], tokenizer, folder),
-        prefix_length=nn.taken(abstract_adaptation(method, model), model),
+        prefix_length=fit.taken(abstract_adaptation(method, model), model),
         layout=parallel.make(model.specs, config.get("parallel", "replicated"), config.get("mesh")),
     )
 
@@ -382,7 +382,7 @@ def abstract_trainable(method: Method, model: Model) -> Params:
 def abstract_adaptation(method: Method, model: Model) -> Adaptation:
     """The shapes of what a method makes; raises `UserError` for what this model does not offer."""
     adaptation = jax.eval_shape(method.bind, abstract_frozen(method, model), abstract_trainable(method, model))[1]
-    nn.check(adaptation, model.sites, rows=1)
+    fit.check(adaptation, model.sites, rows=1)
     return adaptation
 
 

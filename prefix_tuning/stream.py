@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from prefix_tuning import decode, nn
+from prefix_tuning import decode
+from prefix_tuning.attention import per_row
 from prefix_tuning.decode import DecodeConfig, Running
 from prefix_tuning.errors import UserError
 from prefix_tuning.parallel import Layout
@@ -75,7 +76,7 @@ def has_own_rows(adaptation: Adaptation) -> bool:
     """Whether a part of an adaptation differs from row to row."""
     slots = [kv for hooks in (adaptation.encoder, adaptation.decoder) for kv in (hooks.kv or {}).values()]
     inputs = ((adaptation.shift, 1), (adaptation.prompt, 3))
-    return any(map(nn.per_row, slots)) or any(x is not None and x.ndim == rank for x, rank in inputs)
+    return any(map(per_row, slots)) or any(x is not None and x.ndim == rank for x, rank in inputs)
 
 
 def read(

@@ -16,7 +16,7 @@ import torch
 import transformers
 from conftest import table_model
 
-from prefix_tuning import api, decode, models, nn
+from prefix_tuning import api, decode, models, stacks
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import loading
@@ -260,7 +260,7 @@ def test_layers_that_lie_apart_write_the_same(twins, family, beams):
 
 def test_layers_stay_together_where_memory_has_no_room(twins, monkeypatch):
     twin = twins("llama")
-    monkeypatch.setattr(nn, "on_cpu", lambda _: False)  # where layers are copied
+    monkeypatch.setattr(stacks, "on_cpu", lambda _: False)  # where layers are copied
     size = sum(x.nbytes for x in jax.tree.leaves(twin.params["layers"]))
     for free, parts in ((2 * size - 1, 1), (2 * size, twin.model.sites["decoder"].layers), (None, 3)):
         monkeypatch.setattr(decode, "free_memory", lambda free=free: free)
@@ -282,7 +282,7 @@ def test_layers_on_a_cpu_are_no_copies(twins):
         np.testing.assert_array_equal(layer["even"], np.arange(n * 64.0, (n + 1) * 64).reshape(1, 16, 4))
         np.testing.assert_array_equal(layer["odd"], odd[n : n + 1])
     meshed = jax.device_put(jnp.ones((3, 16)), jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.P()))
-    assert [x.sharding for x in nn.views(meshed)] == [meshed.sharding] * 3
+    assert [x.sharding for x in stacks.views(meshed)] == [meshed.sharding] * 3
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -530,7 +530,7 @@ def test_one_trace_per_shape():
 def test_a_step_moves_nothing_of_the_cache(twins, beams):
     """What is compiled writes into keys and values where they are: no copy, gather or transpose in the loop."""
     twin, config = twins("llama"), options(num_beams=beams)
-    params, prompts = nn.apart(twin.params, twin.model), random_prompts(twin.model.vocabulary, 5)
+    params, prompts = stacks.apart(twin.params, twin.model), random_prompts(twin.model.vocabulary, 5)
     generate = decode.make_generate(twin.model, config)
     size = B * beams * N * math.prod(twin.model.sites["decoder"].kv["self"])
     made, entry = set(), False

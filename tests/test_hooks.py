@@ -13,7 +13,7 @@ import transformers
 from conftest import B, K, L, P, T, V, batch_logits, close, packed, random_rows, reference_logits
 
 import prefix_tuning
-from prefix_tuning import nn
+from prefix_tuning import attention, fit, nn
 from prefix_tuning.errors import UserError
 from prefix_tuning.types import KV, Adaptation, Adapter, Delta, Gate, LayerHooks, Memory
 
@@ -477,7 +477,7 @@ def attention_inputs(seed, heads=3, size=6, rows=4):
 
 @jax.jit
 def attend(q, k, v, mask, prefixes=(), share=None):
-    return nn.attend(q, k, v, mask, [prefix.replace(share=share) for prefix in prefixes])
+    return attention.attend(q, k, v, mask, [prefix.replace(share=share) for prefix in prefixes])
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["share", "no share"])
@@ -522,7 +522,7 @@ def test_masked_slots_have_no_slope():
     @jax.jit
     @jax.grad
     def slopes(kv):
-        return jnp.square(nn.attend(q, k, v, mask, [KV(*kv, mask=prefix.mask, share=share)])).sum()
+        return jnp.square(attention.attend(q, k, v, mask, [KV(*kv, mask=prefix.mask, share=share)])).sum()
 
     for slope in slopes((prefix.k, prefix.v)):
         assert np.isfinite(slope).all()
@@ -541,12 +541,12 @@ def test_queries_in_parts_attend_as_all_at_once(monkeypatch):
     floats, rest = with_slopes(prefixes)
 
     def found(queries, causal):
-        monkeypatch.setattr(nn, "QUERIES", queries)
-        monkeypatch.setattr(nn, "SCORES", 0 if queries < T else nn.SCORES)
+        monkeypatch.setattr(attention, "QUERIES", queries)
+        monkeypatch.setattr(attention, "SCORES", 0 if queries < T else attention.SCORES)
 
         def weighed(q, k, v, floats, bias):
             prefixes = jax.tree.map(lambda x, y: y if x is None else x, floats, rest, is_leaf=lambda x: x is None)
-            return (weights * nn.attend(q, k, v, mask, prefixes, bias=bias, causal=causal)).sum()
+            return (weights * attention.attend(q, k, v, mask, prefixes, bias=bias, causal=causal)).sum()
 
         compiled = jax.jit(jax.value_and_grad(weighed, range(5))).lower(q, k, v, floats, bias).compile()
         return compiled(q, k, v, floats, bias), compiled.cost_analysis()["flops"]
@@ -558,17 +558,17 @@ def test_queries_in_parts_attend_as_all_at_once(monkeypatch):
 
 
 def test_parts_hold_all_queries_and_are_not_too_many():
-    assert nn.query_parts(nn.QUERIES) == [(0, nn.QUERIES)]
-    for queries in (nn.QUERIES + 1, 10 * nn.QUERIES, 1000 * nn.QUERIES):
-        parts = nn.query_parts(queries)
+    assert attention.query_parts(attention.QUERIES) == [(0, attention.QUERIES)]
+    for queries in (attention.QUERIES + 1, 10 * attention.QUERIES, 1000 * attention.QUERIES):
+        parts = attention.query_parts(queries)
         assert [t for part in parts for t in range(*part)] == list(range(queries))
-        assert len(parts) == min(-(-queries // nn.QUERIES), nn.PARTS)
+        assert len(parts) == min(-(-queries // attention.QUERIES), attention.PARTS)
 
 
 def test_causal_attention_has_a_key_for_each_query():
     q, k, v, mask, *_ = attention_inputs(0)
     with pytest.raises(UserError, match=f"causal attention of {T} queries over {k.shape[1]} keys; expected as many"):
-        nn.attend(q, k, v, mask, causal=True)
+        attention.attend(q, k, v, mask, causal=True)
 
 
 def with_slopes(tree):
@@ -587,9 +587,9 @@ def test_memory_is_what_the_loops_say(feature):
     features = getattr(torch.nn.functional, feature)(torch.tensor(q)).numpy()
     for b, t, j, g in np.ndindex(*q.shape[:4]):
         expected[b, t, j, g] += features[b, t, j, g] @ m[j, g]
-    ours = nn.recall(attended, q, LayerHooks(memory={"self": Memory(m, feature)}), "self")
+    ours = attention.recall(attended, q, LayerHooks(memory={"self": Memory(m, feature)}), "self")
     np.testing.assert_allclose(ours, expected, atol=1e-5)
-    np.testing.assert_array_equal(nn.recall(attended, q, LayerHooks(), "self"), attended)
+    np.testing.assert_array_equal(attention.recall(attended, q, LayerHooks(), "self"), attended)
 
 
 @BOTH
@@ -819,12 +819,12 @@ def test_what_does_not_fit_raises(twin, make, message):
     model = twin("llama").model
     adaptation = make(Maker(model))
     with pytest.raises(UserError) as error:
-        nn.check(adaptation, model.sites, rows=B)
+        fit.check(adaptation, model.sites, rows=B)
     assert str(error.value) == message
     if "of the decoder" in message or "at decoder" in message:  # it is for every stack
         sites = model.sites | {"encoder": model.sites["decoder"]}
         with pytest.raises(UserError) as error:
-            nn.check(Adaptation(encoder=adaptation.decoder), sites, rows=B)
+            fit.check(Adaptation(encoder=adaptation.decoder), sites, rows=B)
         assert str(error.value) == message.replace("decoder", "encoder")
 
 

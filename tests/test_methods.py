@@ -12,7 +12,7 @@ import transformers
 from conftest import FAMILIES, B, L, P, T, V, letters, one_a_row, random_rows
 
 import prefix_tuning
-from prefix_tuning import models, nn, parallel, setup, template
+from prefix_tuning import fit, models, parallel, setup, template
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.methods import METHODS
 from prefix_tuning.objectives import OBJECTIVES
@@ -237,7 +237,7 @@ def test_bind_leaves_frozen_alone_and_draws_only_from_its_key(started, family, n
     (_, _, model, frozen), method, trainable = started(family, name, variant)
     trainable = perturbed(trainable)
     params, adaptation = method.bind(frozen, trainable)
-    nn.check(adaptation, model.sites, rows=1)
+    fit.check(adaptation, model.sites, rows=1)
     if name != "finetune" and "biases" not in variant:
         assert all(a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(frozen), strict=True))
     assert same((params, adaptation), method.bind(frozen, trainable, key=None))

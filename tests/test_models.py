@@ -32,7 +32,7 @@ from conftest import (
 )
 
 import prefix_tuning
-from prefix_tuning import models, nn
+from prefix_tuning import attention, models, nn
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import loading
 from prefix_tuning.types import KV, Adaptation, Adapter, LayerHooks, count
@@ -229,8 +229,8 @@ def test_what_is_computed_again_gives_the_same_gradients_in_less_memory(monkeypa
             return jnp.square(model.hidden(frozen, adaptation, batch)).sum()
 
         if name == "again" and how == "attention in parts":
-            monkeypatch.setattr(nn, "QUERIES", 12)
-            monkeypatch.setattr(nn, "SCORES", 0)
+            monkeypatch.setattr(attention, "QUERIES", 12)
+            monkeypatch.setattr(attention, "SCORES", 0)
         gradient = jax.jit(jax.grad(loss)).lower(kv, frozen, batch).compile()
         found[name] = gradient(kv, frozen, batch), gradient.memory_analysis().temp_size_in_bytes
     jax.tree.map(

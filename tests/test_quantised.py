@@ -17,7 +17,7 @@ from prefix_tuning.methods import METHODS
 from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.train_step import make_train_step
-from prefix_tuning.types import Batch, Quantised, TrainState
+from prefix_tuning.types import Batch, LayerHooks, Quantised, TrainState
 
 
 def is_quantised(leaf):
@@ -213,5 +213,5 @@ def test_no_merged_model_is_made_of_them(tmp_path):
 def test_products_are_the_written_ones():
     x, values = jnp.ones((2, 3), jnp.float32), jnp.array([[1, -2], [3, 4], [-5, 127]], jnp.int8)
     kernel = Quantised(values, jnp.array([0.5, 0.25]))
-    y = nn.project(x[None], {"kernel": kernel, "bias": jnp.array([1.0, 2.0])}, nn.LayerHooks(), "q")
+    y = nn.project(x[None], {"kernel": kernel, "bias": jnp.array([1.0, 2.0])}, LayerHooks(), "q")
     np.testing.assert_allclose(y[0], [[-0.5 + 1, 32.25 + 2]] * 2)

@@ -17,7 +17,7 @@ from conftest import SEQ2SEQ, P, V, batch_logits, close, letters, three_steps
 
 import prefix_tuning
 import run
-from prefix_tuning import decode, models, nn, parallel, setup
+from prefix_tuning import attention, decode, fit, models, parallel, setup
 from prefix_tuning.data import pipeline
 from prefix_tuning.errors import UserError
 from prefix_tuning.interop import merged
@@ -95,19 +95,19 @@ def test_long_rows_are_attended_in_parts(twin, monkeypatch, family):
     _, _, model, frozen = twin(family)
     prefix = random_prefixes(model)
     at_once = ours(model, frozen, prefix)
-    monkeypatch.setattr(nn, "QUERIES", 2)
-    monkeypatch.setattr(nn, "SCORES", 0)
+    monkeypatch.setattr(attention, "QUERIES", 2)
+    monkeypatch.setattr(attention, "SCORES", 0)
     close(ours(models.build(model.config), frozen, prefix), at_once, 5e-6)
 
 
 def test_far_positions_share_buckets():
     """Every distance in both directions, and beyond the farthest, is in the bucket that transformers puts it in."""
     distance = np.arange(-300, 301)
-    attention = transformers.models.t5.modeling_t5.T5Attention
+    reference = transformers.models.t5.modeling_t5.T5Attention
     for both_ways in (True, False):
         for buckets, farthest in ((32, 128), (8, 6)):
             ours = t5.bucket(jnp.asarray(distance), both_ways=both_ways, buckets=buckets, farthest=farthest)
-            wanted = attention._relative_position_bucket(torch.tensor(distance), both_ways, buckets, farthest)
+            wanted = reference._relative_position_bucket(torch.tensor(distance), both_ways, buckets, farthest)
             np.testing.assert_array_equal(ours, wanted.numpy())
 
 
@@ -206,7 +206,7 @@ def test_prefixes_are_switched_by_name(twin, family):
             assert list(trainable) == [stack]
             assert list(getattr(adaptation, stack).kv) == [name]
             assert adaptation.shift is None
-            nn.check(adaptation, model.sites, rows=1)
+            fit.check(adaptation, model.sites, rows=1)
 
 
 @BOTH
@@ -450,7 +450,7 @@ def test_what_an_encoder_decoder_refuses(twin, tmp_path):
         prefix_tuning.logits(model, frozen, Adaptation(rows=jnp.ones((2, 10))), [[2, 13]], sources=[[13]])
     added = LayerHooks(prompt=jnp.ones((2, P, 10)))
     with pytest.raises(UserError, match=r"decoder\.prompt has nothing to add to, as the encoder reads them"):
-        nn.check(Adaptation(decoder=added, prompt=jnp.ones((P, 10)), shift=jnp.int32(P)), model.sites, rows=1)
+        fit.check(Adaptation(decoder=added, prompt=jnp.ones((P, 10)), shift=jnp.int32(P)), model.sites, rows=1)
     for given, message in (
         ({"shift": True}, "method.shift=True: the positions of an encoder-decoder never move"),
         ({"layers": (2,)}, r"method.layers=\(2,\) must be different layers among 0 to 1 \(decoder\)"),
@@ -484,7 +484,7 @@ def test_what_an_encoder_decoder_refuses(twin, tmp_path):
     with pytest.raises(UserError, match="virtual tokens 5 \\+ source 30, and max_new_tokens 4, take 35 positions"):
         prefix_tuning.generate(model, frozen, prompt, long, max_new_tokens=4)
     assert prefix_tuning.generate(model, frozen, prefix, long, max_new_tokens=4)  # a prefix takes no positions
-    assert nn.taken(setup.abstract_adaptation(METHODS["prefix"](None, length=P), model), model) == 0
+    assert fit.taken(setup.abstract_adaptation(METHODS["prefix"](None, length=P), model), model) == 0
 
 
 # --- Whole runs

@@ -206,7 +206,7 @@ def test_a_notebook_reads_and_writes_on_shards(made, tmp_path):
         read = prefix_tuning.logits(model, frozen, loaded, rows)
         found[kind] = read, prefix_tuning.generate(model, frozen, loaded, rows, max_new_tokens=4, end_tokens=())
     assert {shard.data.shape for shard in frozen["layers"]["q"]["kernel"].addressable_shards} == {(L, 8, 1, 2, 6)}
-    with parallel.told_of(frozen):  # which `nn.spread` asks for
+    with parallel.told_of(frozen):  # which `sharding.spread` asks for
         assert dict(jax.sharding.get_abstract_mesh().shape) == {"data": DATA, "model": MODEL}
     for ours, wanted in zip(found["sharded"][0], found["replicated"][0], strict=True):
         np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5)

@@ -9,7 +9,7 @@ import transformers
 from conftest import FULL, SLIDING, P, V, batch_logits, close, one_a_row, random_prefix
 
 import prefix_tuning
-from prefix_tuning import nn
+from prefix_tuning import attention
 from prefix_tuning.types import Adaptation, Batch
 
 ROW = np.random.default_rng(3).integers(0, V, 12).tolist()  # four times the window
@@ -19,15 +19,15 @@ WINDOWED = ("mistral", "gemma2", "gemma3_text")
 def test_window_by_hand():
     # Two segments; a window of 2 shows a token itself and the one before it.
     segments, positions = jnp.array([[1, 1, 1, 2, 2]]), jnp.array([[0, 1, 2, 0, 1]])
-    causal = nn.causal_mask(segments)
-    assert nn.nearby(causal, positions, positions, jnp.int32(2))[0].astype(int).tolist() == [
+    causal = attention.causal_mask(segments)
+    assert attention.nearby(causal, positions, positions, jnp.int32(2))[0].astype(int).tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
         [0, 1, 1, 0, 0],
         [0, 0, 0, 1, 0],
         [0, 0, 0, 1, 1],
     ]
-    assert nn.nearby(causal, positions, positions, None) is causal
+    assert attention.nearby(causal, positions, positions, None) is causal
 
 
 def run_reference(reference, slots, *, slots_are_queries, **inputs):

@@ -5,9 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from prefix_tuning.attention import FEATURES
 from prefix_tuning.errors import valid
 from prefix_tuning.methods import rows
-from prefix_tuning.nn import FEATURES
 from prefix_tuning.types import Adaptation, LayerHooks, Memory, Method, Model, Params
 
 

@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from prefix_tuning import nn
+from prefix_tuning import caching, fit, nn, stacks
+from prefix_tuning.attention import (
+    PLAIN,
+    Attention,
+    attend_hooked,
+    causal_mask,
+    nearby,
+    per_row,
+    slot_statistics,
+    slots_at,
+)
 from prefix_tuning.types import KV, Adaptation, Batch, Cache, LayerHooks, Model, Params, Sites
 
 
@@ -48,7 +58,7 @@ def build(
     specs: Params,
     vocabulary: int,
     max_positions: int | None,
-    how: nn.Attention = nn.PLAIN,
+    how: Attention = PLAIN,
     kinds: Params | None = None,
     scan: bool = True,
     remat: bool = False,
@@ -66,22 +76,22 @@ def build(
             weights, (kinds, *beside) = inputs
             return body(carry, (weights | kinds, *beside))
 
-        return nn.over_layers(one, carry, params["layers"], (kinds or {}, *beside), scan=scan, remat=remat)
+        return stacks.over_layers(one, carry, params["layers"], (kinds or {}, *beside), scan=scan, remat=remat)
 
     def step_over_layers(
         body: Callable, x: Array, params: Params, hooks: LayerHooks, cache: Cache
-    ) -> tuple[Array, nn.Written]:
+    ) -> tuple[Array, stacks.Written]:
         def one(x, inputs, cached, number):
             weights, ((kinds, hooks, prompt), read) = inputs
             return body(x, (weights | kinds, hooks, read, prompt), cached, number)
 
-        beside = nn.in_parts((kinds or {}, hooks, cache.prompt), params["layers"])
+        beside = stacks.in_parts((kinds or {}, hooks, cache.prompt), params["layers"])
         beside = tuple(zip(beside, cache.read, strict=True))
-        return nn.step_over_layers(one, x, params["layers"], beside, (cache.k, cache.v))
+        return stacks.step_over_layers(one, x, params["layers"], beside, (cache.k, cache.v))
 
     def start(params: Params, adaptation: Adaptation, tokens: Array, positions: Array) -> Stream:
         """Tokens [B T] as embeddings at their positions; ids from V on are rows of the adaptation."""
-        nn.check(adaptation, all_sites, rows=tokens.shape[0])
+        fit.check(adaptation, all_sites, rows=tokens.shape[0])
         positions = nn.shifted(positions, adaptation)
         x, index = nn.embedded(layer.embed, params, adaptation, tokens, vocabulary)
         return Stream(layer.place(params, x, positions), positions, index)
@@ -95,7 +105,7 @@ def build(
         shared = (
             adaptation.prompt.ndim == 2
             and len(positions) == 1
-            and not any(map(nn.per_row, nn.slots_at(adaptation.decoder, "self")))
+            and not any(map(per_row, slots_at(adaptation.decoder, "self")))
         )
         rows = 1 if shared else len(like)
         prompt = jnp.broadcast_to(adaptation.prompt.astype(like.dtype), (rows, length, width))
@@ -114,8 +124,8 @@ def build(
         """Attention of tokens to those before them where mask [B T T] allows, and to the slots that a prompt became."""
 
         def attention(hooks, q, k, v):
-            attended = nn.attend_hooked(q, k, v, mask, hooks, "self", before=[before], how=how, causal=True)
-            return attended, Attended(q, KV(k, v), before, nn.slots_at(hooks, "self", before))
+            attended = attend_hooked(q, k, v, mask, hooks, "self", before=[before], how=how, causal=True)
+            return attended, Attended(q, KV(k, v), before, slots_at(hooks, "self", before))
 
         return attention
 
@@ -123,7 +133,7 @@ def build(
         """The prompt through one layer, and what the tokens after it see of it."""
         if hooks.prompt is not None:
             prompt = prompt._replace(x=prompt.x + hooks.prompt.astype(prompt.x.dtype))
-        mask = nn.causal_mask(jnp.ones(prompt.positions.shape, jnp.int32))  # its rows are slots: no window parts them
+        mask = causal_mask(jnp.ones(prompt.positions.shape, jnp.int32))  # its rows are slots: no window parts them
         x, seen = one(weights, hooks, prompt, among(mask))
         return prompt._replace(x=x), jax.tree.map(lambda y: y[0] if len(y) == 1 else y, seen.kv)
 
@@ -131,7 +141,7 @@ def build(
         """Hidden states [B T D], and what `keep(attended, mask)` takes from each layer."""
         stream = start(params, adaptation, tokens, positions)
         prompt = start_prompt(params, adaptation, stream.x)
-        causal = nn.causal_mask(segments)
+        causal = causal_mask(segments)
 
         def body(carry, inputs):
             weights, hooks = inputs
@@ -139,7 +149,7 @@ def build(
             before = None
             if prompt is not None:
                 prompt, before = prompt_layer(weights, hooks, prompt)
-            mask = nn.nearby(causal, positions, positions, weights.get("window"))
+            mask = nearby(causal, positions, positions, weights.get("window"))
             x, attended = one(weights, hooks, stream, among(mask, before))
             return (stream._replace(x=x), prompt), keep(attended, mask)
 
@@ -154,8 +164,8 @@ def build(
         positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
         segments = (positions < lengths[:, None]).astype(jnp.int32)
         x, (kv, before) = full(params, adaptation, tokens, positions, segments, lambda seen, _: (seen.kv, seen.before))
-        k, v = nn.unwritten(params["layers"], rows, new, sites.kv["self"], kv.k.dtype)
-        read = nn.in_parts(nn.slots_last(kv), params["layers"])
+        k, v = caching.unwritten(params["layers"], rows, new, sites.kv["self"], kv.k.dtype)
+        read = stacks.in_parts(caching.transposed(kv), params["layers"])
         cache = Cache(
             k=k,
             v=v,
@@ -171,19 +181,19 @@ def build(
     def decode(params: Params, adaptation: Adaptation, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
         position = jnp.broadcast_to((cache.position + cache.written)[:, None], tokens.shape)
         stream = start(params, adaptation, tokens, position)
-        prompt, own = jnp.arange(cache.read[0].k.shape[-2])[None], nn.numbers(cache)
+        prompt, own = jnp.arange(cache.read[0].k.shape[-2])[None], caching.numbers(cache)
         real = (prompt < cache.position[:, None])[:, None]  # [B 1 S]
-        so_far = nn.continued(cache)
+        so_far = caching.continued(cache)
 
         def body(x, inputs, cached, number):
             weights, hooks, read, before = inputs
             window = weights.get("window")
-            read = nn.slots_last(read).replace(mask=nn.nearby(real, position, prompt, window))
-            mask = nn.nearby(so_far, position, cache.position[:, None] + own, window)
+            read = caching.transposed(read).replace(mask=nearby(real, position, prompt, window))
+            mask = nearby(so_far, position, cache.position[:, None] + own, window)
 
             def attention(hooks, q, k, v):
-                now, text = nn.write(cached, k, v, number, cache.slot)
-                attended = nn.attend_hooked(q, text.k, text.v, mask, hooks, "self", before=[before, read], how=how)
+                now, text = caching.write(cached, k, v, number, cache.slot)
+                attended = attend_hooked(q, text.k, text.v, mask, hooks, "self", before=[before, read], how=how)
                 return attended, now
 
             return one(weights, hooks, stream._replace(x=x), attention)
@@ -191,7 +201,7 @@ def build(
         x, (k, v) = step_over_layers(body, stream.x, params, adaptation.decoder, cache)
         x = layer.norm(params, x)
         logits = nn.next_words(layer.unembed, params, x.reshape(-1, x.shape[-1]))
-        return logits.reshape(*tokens.shape, -1), nn.stepped(cache, k, v)
+        return logits.reshape(*tokens.shape, -1), caching.stepped(cache, k, v)
 
     def keys_values(params: Params, tokens: Array) -> dict[str, dict[str, KV]]:
         """What each layer computes for tokens [P], by stack and site, as [L P K H]."""
@@ -208,7 +218,7 @@ def build(
         real = (batch.segments > 0).astype(jnp.float32)
 
         def keep(seen: Attended, mask: Array) -> dict[str, Array]:
-            return nn.slot_statistics(seen.q, seen.kv, seen.prefixes, mask, real, how)
+            return slot_statistics(seen.q, seen.kv, seen.prefixes, mask, real, how)
 
         found = full(params, adaptation, batch.tokens, batch.positions, batch.segments, keep)[1]
         return {"decoder": {"self": found}}

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from prefix_tuning import nn
+from prefix_tuning import fit, nn, stacks
+from prefix_tuning.attention import PLAIN, Attention, attend_hooked, segment_mask, slot_statistics, slots_at
 from prefix_tuning.errors import UserError
 from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, Model, Params, Sites
 
@@ -39,7 +40,7 @@ class Reader(NamedTuple):
     sites: dict[str, Sites]  # of the whole model
     vocabulary: int  # V
     layers: str  # the name of its layers among the weights
-    how: nn.Attention
+    how: Attention
     scan: bool
     remat: bool
 
@@ -53,7 +54,7 @@ class Reader(NamedTuple):
         types: Array | None,
     ) -> Text:
         """Tokens [B T] behind the prompt's rows, which see the first segment and are seen by it."""
-        nn.check(adaptation, self.sites, rows=len(tokens))
+        fit.check(adaptation, self.sites, rows=len(tokens))
         x, index = nn.embedded(self.layer.embed, params, adaptation, tokens, self.vocabulary)
         positions = nn.shifted(positions, adaptation)
         types = jnp.zeros_like(tokens) if types is None else types
@@ -76,7 +77,7 @@ class Reader(NamedTuple):
 
         `bias` [K G P+T P+T] is added to the scores between tokens.
         """
-        mask = nn.segment_mask(text.segments)
+        mask = segment_mask(text.segments)
 
         def body(x, inputs):
             weights, own = inputs
@@ -85,10 +86,10 @@ class Reader(NamedTuple):
             own = nn.open_gates(own, x)
             q, k, v = self.layer.queries(weights, own, x)
             k, v = nn.add_rows(k, v, (own.rows or {}).get("self"), text.index)
-            attended = nn.attend_hooked(q, k, v, mask, own, "self", how=self.how, bias=bias)
+            attended = attend_hooked(q, k, v, mask, own, "self", how=self.how, bias=bias)
             return self.layer.combine(weights, own, x, attended), keep(q, KV(k, v), own, mask)
 
-        x, kept = nn.over_layers(body, text.x, params[self.layers], hooks, scan=self.scan, remat=self.remat)
+        x, kept = stacks.over_layers(body, text.x, params[self.layers], hooks, scan=self.scan, remat=self.remat)
         return self.layer.norm(params, x), kept
 
 
@@ -109,7 +110,7 @@ def build(
 
     `pool` and `unembed` are those of `Model`.  It reads and does not write: `prefill` and `decode` raise `UserError`.
     """
-    reader = Reader(layer, {"encoder": sites}, vocabulary, "layers", nn.PLAIN, scan, remat)
+    reader = Reader(layer, {"encoder": sites}, vocabulary, "layers", PLAIN, scan, remat)
 
     def full(params: Params, adaptation: Adaptation, batch: Batch, keep: Callable) -> tuple[Array, Any]:
         """Hidden states [B T D] of the tokens, and what is kept of each layer."""
@@ -135,7 +136,7 @@ def build(
 
         def keep(q: Array, kv: KV, hooks: LayerHooks, mask: Array) -> dict[str, Array]:
             before = mask.shape[1] - real.shape[1]
-            return nn.slot_statistics(q, kv, nn.slots_at(hooks, "self"), mask, jnp.pad(real, [(0, 0), (before, 0)]))
+            return slot_statistics(q, kv, slots_at(hooks, "self"), mask, jnp.pad(real, [(0, 0), (before, 0)]))
 
         return {"encoder": {"self": full(params, adaptation, batch, keep)[1]}}
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from prefix_tuning import nn
+from prefix_tuning.attention import Attention
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.models import llama
 from prefix_tuning.types import Model, Params
@@ -37,7 +38,7 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
         tied=True,
         embedding_scale=config["hidden_size"] ** 0.5,
         logit_cap=config.get("final_logit_softcapping") if third else config["final_logit_softcapping"],
-        attention=nn.Attention(config["query_pre_attn_scalar"] ** -0.5, cap),
+        attention=Attention(config["query_pre_attn_scalar"] ** -0.5, cap),
         kinds=kinds,
     )
     return llama.build_variant(config, variant, scan=scan, remat=remat)

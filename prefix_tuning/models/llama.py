@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prefix_tuning import nn
+from prefix_tuning.attention import PLAIN, Attention
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.models import decoder
 from prefix_tuning.types import Model, Params, Projection, Sites, Spec
@@ -32,7 +33,7 @@ class Variant(NamedTuple):
     tied: bool = False  # whether the unembedding is the embedding, where config.json does not say
     embedding_scale: float | None = None  # what embeddings are multiplied by, rounded to their dtype
     logit_cap: float | None = None  # c: logits become c tanh(logit / c)
-    attention: nn.Attention = nn.PLAIN
+    attention: Attention = PLAIN
     rotary_share: float = 1.0  # of each head's H numbers, how much is turned
     kinds: Params | None = None  # as in `decoder.build`; "frequencies" [L H/2] where they differ from layer to layer
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from prefix_tuning import nn
+from prefix_tuning import caching, nn, stacks
+from prefix_tuning.attention import PLAIN, Attention, attend_hooked, causal_mask, slot_statistics, slots_at, source_mask
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import encoder
 from prefix_tuning.types import KV, Adaptation, Batch, Cache, LayerHooks, Model, Params, Projection, Sites
@@ -50,7 +51,7 @@ def build(
     specs: Params,
     vocabulary: int,
     max_positions: int | None,
-    how: nn.Attention = nn.PLAIN,
+    how: Attention = PLAIN,
     bias: Bias = lambda *_: None,
     scan: bool = True,
     remat: bool = False,
@@ -65,7 +66,7 @@ def build(
     start = config["decoder_start_token_id"]
     reader = encoder.Reader(reading, sites, vocabulary, "encoder_layers", how, scan, remat)
 
-    over_layers = functools.partial(nn.over_layers, scan=scan, remat=remat)
+    over_layers = functools.partial(stacks.over_layers, scan=scan, remat=remat)
 
     def read(
         params: Params, adaptation: Adaptation, tokens: Array, positions: Array, segments: Array, keep: Callable
@@ -108,10 +109,10 @@ def build(
         q, k, v = writing.queries(weights, hooks, x)
         kept, own = store(k, v)
         causal = own is kept  # and not a cache, whose slots are in no order
-        attended = nn.attend_hooked(q, own.k, own.v, mask, hooks, "self", how=how, bias=added, causal=causal)
+        attended = attend_hooked(q, own.k, own.v, mask, hooks, "self", how=how, bias=added, causal=causal)
         x = writing.combine(weights, hooks, x, attended)
         asked = writing.cross_queries(weights, hooks, x)
-        found = nn.attend_hooked(asked, source.kv.k, source.kv.v, source.mask, hooks, "cross", how=how)
+        found = attend_hooked(asked, source.kv.k, source.kv.v, source.mask, hooks, "cross", how=how)
         x = writing.cross_combine(weights, hooks, x, found)
         seen = {"self": (q, kept, hooks, mask), "cross": (asked, source.kv, hooks, source.mask)}
         return writing.mlp(weights, hooks, x), seen
@@ -122,8 +123,8 @@ def build(
             raise UserError(f"a {config['model_type']} model writes what follows a source; this batch has none")
         source = (batch.source, batch.source_positions, batch.source_segments)
         states, segments, kept_read = read(params, adaptation, *source, keep_read)
-        visible = nn.source_mask(batch.segments, segments)
-        causal = nn.causal_mask(batch.segments)
+        visible = source_mask(batch.segments, segments)
+        causal = causal_mask(batch.segments)
         places, moved = jnp.arange(batch.tokens.shape[1]), before(adaptation)
         added = bias(params, "decoder", places, places)
         place = functools.partial(placed_at, params, queries=moved + places)
@@ -146,10 +147,10 @@ def build(
         positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
         segments = (positions < lengths[:, None]).astype(jnp.int32)
         states, segments, _ = read(params, adaptation, tokens, positions, segments, lambda *_: None)
-        offer = lambda _, inputs: (None, nn.slots_last(offered(*inputs, states)))  # noqa: E731
+        offer = lambda _, inputs: (None, caching.transposed(offered(*inputs, states)))  # noqa: E731
         _, cross = over_layers(offer, None, params["layers"], adaptation.decoder)
-        cross = nn.in_parts(cross, params["layers"])
-        k, v = nn.unwritten(params["layers"], rows, new, sites["decoder"].kv["self"], states.dtype)
+        cross = stacks.in_parts(cross, params["layers"])
+        k, v = caching.unwritten(params["layers"], rows, new, sites["decoder"].kv["self"], states.dtype)
         none = jnp.zeros(rows, jnp.int32)
         cache = Cache(
             k=k,
@@ -165,27 +166,27 @@ def build(
         return logits[:, 0], cache
 
     def decode(params: Params, adaptation: Adaptation, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
-        mask, written = nn.continued(cache), cache.written[:, None]
+        mask, written = caching.continued(cache), cache.written[:, None]
         visible = jnp.broadcast_to(cache.source[:, None], (*tokens.shape, cache.source.shape[1]))
         # How long ago a token was written is the same in all rows, and all that a relative position says.
-        added, moved = bias(params, "decoder", jnp.zeros(1, jnp.int32), -nn.ages(cache)), before(adaptation)
+        added, moved = bias(params, "decoder", jnp.zeros(1, jnp.int32), -caching.ages(cache)), before(adaptation)
         place = functools.partial(placed_at, params, queries=moved + written)
 
         def body(x, inputs, cached, number):
             weights, (hooks, cross) = inputs
-            heard = Source(nn.slots_last(cross), visible)
-            store = functools.partial(nn.write, cached, layer=number, slot=cache.slot)
+            heard = Source(caching.transposed(cross), visible)
+            store = functools.partial(caching.write, cached, layer=number, slot=cache.slot)
             x, seen = one(weights, hooks, x, mask, heard, store, added, place)
             return x, seen["self"][1]
 
         position = jnp.broadcast_to(moved + cache.position[:, None] + written, tokens.shape)
         x = writing.place(params, reading.embed(params, tokens), position)
-        inputs = nn.in_parts(adaptation.decoder, params["layers"])
+        inputs = stacks.in_parts(adaptation.decoder, params["layers"])
         inputs = tuple(zip(inputs, cache.read, strict=True))
-        x, (k, v) = nn.step_over_layers(body, x, params["layers"], inputs, (cache.k, cache.v))
+        x, (k, v) = stacks.step_over_layers(body, x, params["layers"], inputs, (cache.k, cache.v))
         x = writing.norm(params, x)
         logits = nn.next_words(writing.unembed, params, x.reshape(-1, x.shape[-1]))
-        return logits.reshape(*tokens.shape, -1), nn.stepped(cache, k, v)
+        return logits.reshape(*tokens.shape, -1), caching.stepped(cache, k, v)
 
     def keys_values(params: Params, tokens: Array) -> dict[str, dict[str, KV]]:
         """What each layer computes for tokens [P] that are read and written, by stack and site, as [L P K H]."""
@@ -220,13 +221,13 @@ def build(
             return bias(params, stack, places, places)
 
         def keep_read(q: Array, kv: KV, hooks: LayerHooks, mask: Array) -> dict[str, Array]:
-            return nn.slot_statistics(q, kv, nn.slots_at(hooks, "self"), mask, read, how, added("encoder", q))
+            return slot_statistics(q, kv, slots_at(hooks, "self"), mask, read, how, added("encoder", q))
 
         def keep(seen: dict[str, tuple]) -> dict[str, dict[str, Array]]:
             found = {}
             for site, (q, kv, hooks, mask) in seen.items():
                 more = (added("decoder", q), None) if site == "self" else (None, read)
-                found[site] = nn.slot_statistics(q, kv, nn.slots_at(hooks, site), mask, real, how, *more)
+                found[site] = slot_statistics(q, kv, slots_at(hooks, site), mask, real, how, *more)
             return found
 
         _, kept, kept_read = full(params, adaptation, batch, keep, keep_read)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prefix_tuning import nn
+from prefix_tuning.attention import Attention
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.models import encoder, seq2seq
 from prefix_tuning.types import Model, Params, Spec
@@ -203,7 +204,7 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
         specs=weights(config),
         vocabulary=config["vocab_size"],
         max_positions=None,
-        how=nn.Attention(scale=1.0),
+        how=Attention(scale=1.0),
         bias=bias,
         scan=scan,
         remat=remat,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import CustomVJPPrimal
 
-from prefix_tuning import nn
+from prefix_tuning import sharding
 from prefix_tuning.types import STACKS, Batch, Model, Params
 
 Unembed = Callable[[Params, Array], Array]
@@ -36,9 +36,9 @@ def cross_entropy(model: Model, params: Params, hidden: Array, batch: Batch, smo
     `smoothing` is the weight of the mean over the vocabulary in `loss`; `nll` is without.
     """
     outside = {name: leaf for name, leaf in params.items() if name not in STACKS}  # all that `unembed` may read
-    groups = nn.row_groups(len(hidden))
+    groups = sharding.row_groups(len(hidden))
     hidden = jnp.where(batch.mask[..., None] > 0, hidden, 0)  # whatever stands there, it can become no NaN
-    x = nn.spread(hidden.reshape(groups, -1, hidden.shape[-1]))
+    x = sharding.spread(hidden.reshape(groups, -1, hidden.shape[-1]))
     targets, mask = (y.reshape(groups, -1) for y in (batch.targets, batch.mask))
     found = summed(model.unembed, smoothing, outside, x, targets, mask)
     return Sums(found.loss, *jax.lax.stop_gradient(found[1:]))
