@@ -1,8 +1,8 @@
-"""Writes the results under experiments/results/ into the README, between the markers that carry their names.
+"""Writes results under experiments/results/ into the README, between the markers that carry their names.
 
     python -m experiments.readme
 
-Each NAME.md there is the output of the command on its first line.
+Each NAME.md there is the output of the command that it begins with; the README holds the shortest and links the others.
 """
 
 import re

@@ -45,7 +45,7 @@ import torch
 import transformers
 
 import prefix_tuning
-from prefix_tuning import parallel
+from prefix_tuning import parallel, stacks
 from prefix_tuning import train as loop
 from prefix_tuning.data import pipeline
 from prefix_tuning.metrics import meteor
@@ -196,6 +196,16 @@ def forget_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def in_one_stack(request, monkeypatch):
+    """Texts are written out of the stack, compiled once for all of its layers, but in tests marked `apart`.
+
+    That layers which lie apart write the same is for those tests, and for the commands that run as users run them.
+    """
+    if request.node.get_closest_marker("apart") is None:
+        monkeypatch.setattr(stacks, "apart", lambda params, model: params)
 
 
 def pytest_unconfigure(config):

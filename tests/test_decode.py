@@ -239,6 +239,7 @@ def test_unrolled_layers_write_the_same(twins, family, beams):
     assert ours[0] == ours[1]
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_layers_that_lie_apart_write_the_same(twins, family, beams):
@@ -258,6 +259,7 @@ def test_layers_that_lie_apart_write_the_same(twins, family, beams):
     assert decode.ready(ready, twin.model)["layers"][0] is ready["layers"][0]  # what lies apart is not copied again
 
 
+@pytest.mark.apart
 def test_layers_stay_together_where_memory_has_no_room(twins, monkeypatch):
     twin = twins("llama")
     monkeypatch.setattr(stacks, "on_cpu", lambda _: False)  # where layers are copied
@@ -268,6 +270,7 @@ def test_layers_stay_together_where_memory_has_no_room(twins, monkeypatch):
         assert (len(layers) if isinstance(layers, tuple) else 1) == parts
 
 
+@pytest.mark.apart
 def test_layers_on_a_cpu_are_no_copies(twins):
     """Views of the stack, as far as a layer begins where an array may, and none that a donated stack would change."""
     twin = twins("llama")
@@ -526,6 +529,7 @@ def test_one_trace_per_shape():
     assert len(traces) == 2
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_step_moves_nothing_of_the_cache(twins, beams):
     """What is compiled writes into keys and values where they are: no copy, gather or transpose in the loop."""

@@ -190,7 +190,11 @@ def searched(model, frozen, adaptation, prompts, beams):
     ("case", "family", "beams"),
     # With beams in one family or the other, as compiling takes long; everything at once in all four ways.
     [(case, ("gpt2", "llama")[number % 2], W) for number, case in enumerate(CASES) if case != "everything"]
-    + [("everything", family, beams) for family in ("gpt2", "llama") for beams in (1, W)],
+    + [
+        pytest.param("everything", family, beams, marks=pytest.mark.apart)
+        for family in ("gpt2", "llama")
+        for beams in (1, W)
+    ],
 )
 def test_decoding_is_a_search_over_full_passes(twin, family, case, beams):
     _, _, model, frozen = twin(family)

@@ -113,6 +113,7 @@ def test_a_prefix_learns_the_same_beside_them(twin, scan):
     assert found[0][1] > 0
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize("beams", [1, 3])
 def test_decoding_reads_them_and_equals_the_full_pass(twin, beams):
     model, small, exact = both(twin, "llama")
@@ -129,6 +130,7 @@ def test_decoding_reads_them_and_equals_the_full_pass(twin, beams):
             assert logits[len(row) - 1 :].argmax(-1).tolist() == new
 
 
+@pytest.mark.apart
 def test_no_loop_makes_floats_of_all_of_them(twin):
     """XLA would convert all layers before the first step, and hold them as floats for all of them."""
     model, small, _ = both(twin, "llama", hidden_size=64, intermediate_size=640, vocab_size=512)

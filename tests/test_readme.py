@@ -12,7 +12,17 @@ TEXT = (ROOT / "README.md").read_text()
 
 def test_results_in_the_readme_are_those_that_commands_wrote():
     assert readme.filled(TEXT, readme.read_results()) == TEXT
-    assert set(re.findall(r"<!-- (\w+) -->", TEXT)) == set(readme.read_results())
+    held = set(re.findall(r"<!-- (\w+) -->", TEXT))
+    linked = set(re.findall(r"\]\(experiments/results/(\w+)\.md\)", TEXT))
+    assert held | linked == set(readme.read_results())
+
+
+def test_every_result_begins_with_a_title_or_is_held_by_the_readme():
+    for name, text in readme.read_results().items():
+        assert text.startswith("# ") or f"<!-- {name} -->" in TEXT
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            folder = ROOT if f"<!-- {name} -->" in TEXT else ROOT / "experiments/results"
+            assert (folder / target).exists(), (name, target)
 
 
 def test_ci_runs_exactly_the_two_commands_of_the_readme():

@@ -291,6 +291,7 @@ def many_sources(seed, size=24):
     return [rng.integers(2, V, rng.integers(1, 8)).tolist() for _ in range(size)]
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_beams": 3}, {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "min_new_tokens": 3}],

@@ -171,6 +171,7 @@ def test_an_evaluation_is_that_of_one_device(made, family):
         np.testing.assert_allclose(own[key], value, rtol=2e-5, err_msg=key)
 
 
+@pytest.mark.apart
 @pytest.mark.parametrize(("family", "beams"), [("llama", 1), ("gpt2", 3), ("bart", 2)])
 def test_text_is_that_of_one_device(made, family, beams):
     model, host = made(family)
