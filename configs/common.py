@@ -149,7 +149,7 @@ def config(**sections: Any) -> config_dict.ConfigDict:
 
 def model(**options: Any) -> config_dict.ConfigDict:
     """The section `model`: what a config says over what is usual."""
-    return section(**{"scan": True, "remat": False, "weights": "full"} | options)
+    return section(**{"scan": True, "remat": False, "attention": "plain", "weights": "full"} | options)
 
 
 def train(**options: Any) -> config_dict.ConfigDict:

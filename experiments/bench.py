@@ -24,8 +24,8 @@ Each side is a process of its own, so that peak memory is its own, and waits whi
 once in `--workdir`) and quickstart, which needs no download and is too small to say anything about speed.  GFLOP/s are
 XLA's count of our step, padding included, by its time: beside what the machine can do, they say how well it is used.
 Compiling is not counted, but for `start`.  Every first loss and every text of ours is compared with PEFT's.  Ratios are
-of medians.  A GPU is used where both find one; there take --dtype=bfloat16.  Needs tests/requirements.txt; prints
-Markdown.
+of medians.  A GPU is used where both find one; there take --dtype=bfloat16, and --attention=cudnn for long rows.  Needs
+tests/requirements.txt; prints Markdown.
 
 `largest` starts two processes for every doubling.
 """
@@ -95,6 +95,7 @@ flags.DEFINE_string("adapter", None, "the folder of a trained prefix, for texts"
 flags.DEFINE_integer("records", 64, "that get texts", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_float("memory", None, "GiB that the largest batch may take", flag_values=FLAGS)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the frozen weights", flag_values=FLAGS)
+flags.DEFINE_enum("attention", "plain", setup.KERNELS, "of our side", flag_values=FLAGS)
 flags.DEFINE_string("workdir", "runs/bench", "where models are made", flag_values=FLAGS)
 flags.DEFINE_string("output", None, "where the numbers go, as JSON", flag_values=FLAGS)
 flags.DEFINE_string("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "a name or folder", flag_values=FLAGS)
@@ -140,7 +141,10 @@ def make_config(name: str, batch: int) -> dict[str, Any]:
     """The config that a user would train this model with, its prefix drawn at random."""
     file = {"bert": "sst2_minilm", "quickstart": "quickstart"}.get(name, "e2e_smollm2")
     config = run.load_config(f"configs/{file}.py" + (":random" if name == "bert" else ""))
-    changes: dict[str, Any] = {"train": {"batch_size": batch}, "model": {"dtype": FLAGS.dtype}}
+    changes: dict[str, Any] = {
+        "train": {"batch_size": batch},
+        "model": {"dtype": FLAGS.dtype, "attention": FLAGS.attention},
+    }
     changes["optimizer"] = {"learning_rate": LEARNING_RATE}
     if name == "bert":
         changes["dataset"] = {"path": FLAGS.sst2}

@@ -16,6 +16,7 @@ from prefix_tuning.types import KV, LayerHooks
 QUERIES = 128  # of a row that attention takes at once where there is much to score
 PARTS = 16  # that a row's queries are taken in at most, since each is compiled
 SCORES = 8 * QUERIES**2  # of a row and head that are kept for the backward pass
+FEW = 16  # queries that no kernel is asked for: those of a decoding step, one a beam
 FEATURES = {"elu": jax.nn.elu, "gelu": ACTIVATIONS["gelu"]}  # of queries, for `Memory`
 
 
@@ -24,6 +25,7 @@ class Attention(NamedTuple):
 
     scale: float | None = None  # what queries are multiplied by; None is H ** -0.5
     softcap: float | None = None  # c: scores become c tanh(score / c) before the mask (Gemma 2)
+    kernel: str = "plain"  # `Compute.attention`
 
 
 PLAIN = Attention()
@@ -48,10 +50,13 @@ def attend(
     one softmax (He et al. 2021, eq. 5 is the same identity).  One with a `gate` has its own softmax and is added
     (Zhang et al. 2023, eq. 5-8); a `share` scales keys and values (UniPELT, Mao et al. 2022).  `bias` [K G T S] is
     added to the real scores; slots have no place among the tokens, and so none.  The softmax is
-    float32; the result [B T K G H] has q's dtype.  Raises `UserError` for `causal` with unequal numbers of both.
+    float32; the result [B T K G H] has q's dtype.  Raises `UserError` for `causal` with unequal numbers of both, and
+    for what the kernel that `how` names cannot do.
     """
     if causal and k.shape[1] != q.shape[1]:
         raise UserError(f"causal attention of {q.shape[1]} queries over {k.shape[1]} keys; expected as many of both")
+    if how.kernel != "plain" and q.shape[1] > FEW:
+        return attend_fused(q, k, v, mask, prefixes, bias, how)
     at_once = functools.partial(attend_at_once, how=how)
     keys = k.shape[1] + sum(prefix.k.shape[-3] for prefix in prefixes)
     if q.shape[1] * keys <= SCORES:
@@ -101,11 +106,53 @@ def attend_at_once(
     # sums over short axes on a CPU.
     if late:
         out = jnp.einsum("btkgh,btkg->btkgh", out, jnp.moveaxis(1 / total[..., 0], 3, 1))
+    return add_gated(out, q, prefixes, how)
+
+
+def add_gated(out: Array, q: Array, prefixes: Sequence[KV], how: Attention) -> Array:
+    """Attention [B T K G H] of scaled queries with what they read of gated prefixes, each under its own softmax."""
     for prefix in prefixes:
         if prefix.gate is not None:
-            own = slot_values(own_softmax(q, prefix, how), prefix, v.dtype)
-            out = out + prefix.gate[..., None].astype(v.dtype) * own
+            own = slot_values(own_softmax(q, prefix, how), prefix, out.dtype)
+            out = out + prefix.gate[..., None].astype(out.dtype) * own
     return out
+
+
+def attend_fused(
+    q: Array, k: Array, v: Array, mask: Array, prefixes: Sequence[KV], bias: Array | None, how: Attention
+) -> Array:
+    """`attend` by a kernel that keeps no scores (FlashAttention, Dao et al. 2022); slots are keys before the others.
+
+    Raises `UserError` for a cap, a bias or a share, which it has no place for.
+    """
+    shared = [prefix for prefix in prefixes if prefix.gate is None]
+    slots_change = any(prefix.share is not None or prefix.bias is not None for prefix in shared)
+    for name, given in (("a cap", how.softcap), ("a bias", bias), ("gated or placed slots", slots_change or None)):
+        if given is not None:
+            raise UserError(f"model.attention={how.kernel!r} cannot attend with {name}; expected 'plain'")
+    rows, queries, heads, groups, size = q.shape
+
+    def repeated(x: Array) -> Array:  # [P K H] or [B P K H] -> [B P K H]
+        return jnp.broadcast_to(x.astype(q.dtype), (rows, *x.shape[-3:]))
+
+    k = jnp.concatenate([*(repeated(prefix.k) for prefix in shared), k], axis=1)
+    v = jnp.concatenate([*(repeated(prefix.v) for prefix in shared), v], axis=1)
+    mask = jnp.concatenate([*(visible_slots(prefix, rows, queries) for prefix in shared), mask], axis=2)
+    # cuDNN differentiates even numbers alone; what is added is hidden, and what it reads is cut off.
+    more, beyond = queries % 2, k.shape[1] % 2
+    k, v = (jnp.pad(x, [(0, 0), (0, beyond), (0, 0), (0, 0)]) for x in (k, v))
+    mask = jnp.pad(mask, [(0, 0), (0, more), (0, beyond)])
+    asked = jnp.pad(q, [(0, 0), (0, more), (0, 0), (0, 0), (0, 0)]).reshape(rows, queries + more, heads * groups, size)
+    scale = size**-0.5 if how.scale is None else how.scale
+    out = jax.nn.dot_product_attention(asked, k, v, mask=mask[:, None], scale=scale, implementation=how.kernel)
+    out = out[:, :queries].reshape(q.shape)
+    return add_gated(out, scaled(q, how), prefixes, how)
+
+
+def visible_slots(prefix: KV, rows: int, queries: int) -> Array:
+    """Which slots of a prefix each query sees, bool [B T P]."""
+    mask = jnp.ones(prefix.k.shape[-3], bool) if prefix.mask is None else prefix.mask.astype(bool)
+    return jnp.broadcast_to(mask[:, None] if mask.ndim == 2 else mask, (rows, queries, mask.shape[-1]))
 
 
 def attend_hooked(

@@ -345,12 +345,22 @@ def mesh_sizes(devices: int, *, data: int | None = None, model: int | None = Non
 
 
 def here(config: dict[str, Any]) -> dict[str, Any]:
-    """What a finished run's config must change on these devices: a mesh of another number gives way to the default."""
+    """What a finished run's config must change on these devices: a mesh of another number gives way to the default,
+    and attention by cuDNN to the plain one where there is none."""
+    changed = {}
     try:
         call("mesh", mesh_sizes, config.get("mesh") or {}, jax.device_count())
     except UserError:
-        return {"mesh": {}}
-    return {}
+        changed["mesh"] = {}
+    if config.get("model", {}).get("attention") == "cudnn" and not has_cudnn():
+        changed["model"] = config["model"] | {"attention": "plain"}
+    return changed
+
+
+def has_cudnn() -> bool:
+    """Whether the local devices are NVIDIA's, of a kind that cuDNN has attention for."""
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # "9.0"; AMD's begin with letters
+    return capability[:1].isdigit() and float(capability) >= 8
 
 
 def meshes(devices: int) -> list[tuple[int, int]]:

@@ -81,6 +81,8 @@ def groups(configs: Sequence[dict[str, Any]], size: int) -> list[list[int]]:
 def check(configs: Sequence[dict[str, Any]], bases: Sequence[setup.Base], runs: Sequence[setup.Run]) -> None:
     """Raises `UserError` unless the runs differ only in where they start, their lengths, rates and seeds."""
     first = flat(configs[0])
+    if len(configs) > 1 and configs[0]["model"].get("attention") == "cudnn":
+        raise UserError("runs that train together cannot attend by cuDNN's kernel; expected model.attention='plain'")
     for config in configs[1:]:
         own, free = flat(config), varying(configs[0]) & varying(config)
         differing = sorted(k for k in first.keys() | own.keys() if first.get(k) != own.get(k) and k not in free)

@@ -21,14 +21,16 @@ from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.optimizer import make_optimizer
 from prefix_tuning.registry import call, defaults, named
-from prefix_tuning.types import Adaptation, Method, Model, Objective, Params, TrainState, count, joined
+from prefix_tuning.types import Adaptation, Compute, Method, Model, Objective, Params, TrainState, count, joined
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("decode", "parallel", "mesh")  # not in every config
 SECTIONS = ("seed", "model", "dataset", "text", "method", "objective", "optimizer", "train", "evaluation", *OPTIONAL)
 # What `abstract_trainable` has found, by the method's `init` and the model's `hidden`.
 TRAINABLE: weakref.WeakKeyDictionary[Callable, dict[Callable, Params]] = weakref.WeakKeyDictionary()
-MODEL = {"dtype": "float32", "scan": True, "remat": False, "weights": "full"}  # what the section `model` need not say
+# What the section `model` need not say.
+MODEL = {"dtype": "float32", "scan": True, "remat": False, "attention": "plain", "weights": "full"}
+KERNELS = ("plain", "cudnn")  # for attention
 
 
 class Train(NamedTuple):
@@ -115,12 +117,14 @@ def make_base(config: dict[str, Any]) -> Base:
     folder = loading.find_folder(resolve(config["model"]["name"]))
     # Unrolled layers take longer to compile and, on a CPU, less time to train: a loop copies what its derivative needs.
     # Rematerialised ones are computed twice, and of the first time only their inputs are kept.
-    layers = {name: config["model"].get(name, MODEL[name]) for name in ("scan", "remat")}
-    if layers["remat"] and not layers["scan"]:
+    compute = Compute(**{name: config["model"].get(name, MODEL[name]) for name in Compute._fields})
+    if compute.remat and not compute.scan:
         raise UserError(
             "model.remat=True saves nothing with model.scan=False, where XLA undoes it; expected one of them"
         )
-    model = loading.read_model(folder, **layers)
+    model = loading.read_model(folder, **compute._asdict())
+    if valid("model.attention", compute.attention, KERNELS) == "cudnn":
+        check_cudnn(config["model"].get("dtype", MODEL["dtype"]), model)
     tokenizer = loading.load_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer; text cannot be read without")
@@ -164,6 +168,21 @@ def make_base(config: dict[str, Any]) -> Base:
         prefix_length=fit.taken(abstract_adaptation(method, model), model),
         layout=parallel.make(model.specs, config.get("parallel", "replicated"), config.get("mesh")),
     )
+
+
+def check_cudnn(dtype: str, model: Model) -> None:
+    """Raises `UserError` where cuDNN has no attention for a model in this dtype, or no device to run it on."""
+    needs = None
+    if not parallel.has_cudnn():
+        device = jax.local_devices()[0].device_kind
+        needs = f"an NVIDIA GPU of compute capability 8.0 or more, and the device is {device}"
+    elif dtype == "float32":
+        needs = "model.dtype='bfloat16' or 'float16', and it is 'float32'"
+    sizes = {size for sites in model.sites.values() for _, size in sites.kv.values()}
+    if any(size % 8 or size > 128 for size in sizes):
+        needs = f"heads of a multiple of 8 numbers, 128 at most, and they have {', '.join(map(str, sorted(sizes)))}"
+    if needs:
+        raise UserError(f"model.attention='cudnn' needs {needs}; expected 'plain'")
 
 
 def check_int8(name: str, method: Method, model: Model) -> None:

@@ -10,21 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from prefix_tuning.types import KV, Below, Layers, Model, Params, depth, parts
+from prefix_tuning.types import KV, Below, Compute, Layers, Model, Params, depth, parts
 
 Written = tuple[tuple[Array, ...], tuple[Array, ...]]  # keys and values that decoding writes, by the parts of a stack
 
 
 def over_layers(
-    body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: Layers, beside: Any, *, scan: bool, remat: bool
+    body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, layers: Layers, beside: Any, compute: Compute
 ) -> tuple[Any, Any]:
     """Scans `body(carry, (weights, beside)) -> (carry, kept)` over a stack; returns the last carry and kept [L ...].
 
     `layers` and `beside` lead with L.  A stack in parts is one scan after the other: what is trained in the last part
-    alone is not differentiated in those below it.  scan=False unrolls the layers; remat keeps only their inputs for the
-    backward pass, which computes the rest again.
+    alone is not differentiated in those below it.
     """
-    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    body = jax.checkpoint(body, prevent_cse=False) if compute.remat else body
     stack, first, kept = parts(layers), 0, []
     for part in stack:
         count, (rows, weights_of) = depth(part), scanned(part)
@@ -33,7 +32,7 @@ def over_layers(
         def one(carry, inputs, weights_of=weights_of):
             return body(carry, (weights_of(inputs[0]), inputs[1]))
 
-        carry, found = jax.lax.scan(one, carry, (rows, own), unroll=1 if scan else count)
+        carry, found = jax.lax.scan(one, carry, (rows, own), unroll=1 if compute.scan else count)
         kept.append(found)
         first += count
     return carry, kept[0] if len(kept) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *kept)

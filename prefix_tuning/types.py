@@ -212,6 +212,14 @@ class Sites(NamedTuple):
     adapters: tuple[str, ...] = ("attention", "mlp", "block")  # sublayers; "block" is behind both
 
 
+class Compute(NamedTuple):
+    """How a model computes its layers; to rounding, none of it changes what comes out."""
+
+    scan: bool = True  # one compiled layer for all of a stack; False unrolls them: slower to compile, all to be counted
+    remat: bool = False  # keeps only a layer's input for the backward pass, which computes the rest again
+    attention: str = "plain"  # of whole rows: "plain", or one of `jax.nn.dot_product_attention`, such as "cudnn"
+
+
 class Model(NamedTuple):
     """A family at one size: pure functions over a tree of frozen weights."""
 
@@ -232,7 +240,6 @@ class Model(NamedTuple):
     # (params, tokens [P]) -> stack -> site -> the `KV` [L P K H] that each layer computes for them
     keys_values: Callable[[Params, Array], dict[str, dict[str, KV]]]
     pool: Callable[[Params, Array], Array] | None = None  # (params, hidden [... D] of the first token); None: as it is
-    scan: bool = True  # whether layers are scanned over, rather than unrolled
     start: int | None = None  # the token that the decoder of an encoder-decoder begins with
 
     @property

@@ -1,15 +1,18 @@
 """Attention to tokens and to slots, shared or not, masked or gated, against loops; at once and in parts."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import B, K, P, T
+from conftest import LLAMA, B, K, L, P, T
 
-from prefix_tuning import attention
+from prefix_tuning import attention, models
 from prefix_tuning.errors import UserError
-from prefix_tuning.types import KV, LayerHooks, Memory
+from prefix_tuning.models import loading
+from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, Memory
 
 G, H = 4, 6
 
@@ -200,6 +203,64 @@ def test_queries_in_parts_attend_as_all_at_once(monkeypatch):
     for other in (parts, causal):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), other, at_once)
     assert some_keys < all_keys
+
+
+def test_a_kernel_attends_as_the_plain_way_does(monkeypatch):
+    """Values and slopes, with slots of every kind, an odd number of queries and keys, and a scale."""
+    monkeypatch.setattr(attention, "FEW", T - 1)
+    q, k, v, mask, prefixes, _ = attention_inputs(6)
+    k, v, mask = k[:, :T], v[:, :T], mask[:, :, :T]
+    each = prefixes[1].replace(mask=np.random.default_rng(7).random((len(q), T, P)) < 0.6)
+    prefixes, weights = (*prefixes, each), np.random.default_rng(8).normal(size=q.shape)
+    assert T % 2 == 1 == (T + sum(prefix.k.shape[-3] for prefix in prefixes if prefix.gate is None)) % 2
+    floats, rest = with_slopes(prefixes)
+
+    def found(kernel):
+        how = attention.Attention(scale=0.3, kernel=kernel)
+
+        def weighed(q, k, v, floats):
+            prefixes = jax.tree.map(lambda x, y: y if x is None else x, floats, rest, is_leaf=lambda x: x is None)
+            out = attention.attend(q, k, v, mask, prefixes, how=how)
+            return (weights * out).sum(), out
+
+        return jax.jit(jax.value_and_grad(weighed, range(4), has_aux=True))(q, k, v, floats)
+
+    kernel, used = jax.nn.dot_product_attention, []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *xs, **how: used.append(how) or kernel(*xs, **how))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found("xla"), found("plain"))
+    assert [how["implementation"] for how in used] == ["xla"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"how": attention.Attention(softcap=2.0, kernel="cudnn")}, "a cap"),
+        ({"bias": np.zeros((K, 3, T, 8), np.float32)}, "a bias"),
+        ({"prefixes": [KV(*np.zeros((2, P, K, 6), np.float32), share=np.ones((4, T)))]}, "gated or placed slots"),
+    ],
+)
+def test_what_a_kernel_cannot_do_is_refused(monkeypatch, wrong, told):
+    monkeypatch.setattr(attention, "FEW", T - 1)
+    q, k, v, mask, *_ = attention_inputs(0)
+    how = attention.Attention(kernel="cudnn")
+    with pytest.raises(UserError, match=f"model.attention='cudnn' cannot attend with {told}; expected 'plain'"):
+        attention.attend(q, k, v, mask, **{"how": how} | wrong)
+
+
+def test_cudnn_takes_what_a_training_step_gives_it(monkeypatch):
+    """Of a GPU that is not here: JAX checks shapes and types when it lowers to cuDNN's operations."""
+    known = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(known, "check_cudnn_version", lambda: 91000)
+    model = models.build(LLAMA | {"model_type": "llama", "head_dim": 8}, attention="cudnn")
+    frozen = loading.abstract(model, "bfloat16")
+    batch = Batch(*[jax.ShapeDtypeStruct((2, 33), np.int32)] * 3, *[None] * 4)
+    kv = KV(*[jax.ShapeDtypeStruct((L, P, K, 8), np.float32)] * 2)
+
+    def loss(kv, frozen, batch):
+        return model.hidden(frozen, Adaptation(decoder=LayerHooks(kv={"self": kv})), batch).astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(loss)).trace(kv, frozen, batch).lower(lowering_platforms=("cuda",)).as_text()
+    assert {"ScaleBiasSoftmax", "ScaleBiasSoftmaxBackward"} == set(re.findall(r"__cudnn\$fmha(\w+)", text))
 
 
 def test_parts_hold_all_queries_and_are_not_too_many():

@@ -204,6 +204,12 @@ def test_rows_that_are_packed_may_make_other_numbers_of_steps():
         population.check(configs, bases, runs)
 
 
+def test_cudnn_attends_for_one_run_alone():
+    configs = prefixes(1, 2, **{"model.attention": "cudnn"})
+    with pytest.raises(UserError, match=r"cannot attend by cuDNN's kernel; expected model\.attention='plain'"):
+        population.check(configs, [], [])
+
+
 def test_prompts_of_other_lengths_cannot():
     texts = ("ab cd", "a longer text of more tokens")
     options = {"method.length": None, "method.init": "text"}

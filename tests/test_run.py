@@ -20,10 +20,10 @@ import transformers
 
 import prefix_tuning
 import run
-from prefix_tuning import compiled, models, progress, setup, torchless
+from prefix_tuning import compiled, models, parallel, progress, setup, torchless
 from prefix_tuning import train as loop
 from prefix_tuning.errors import UserError
-from prefix_tuning.files import read_lines
+from prefix_tuning.files import read_json, read_lines
 from prefix_tuning.models import loading
 from prefix_tuning.types import Adaptation, Batch
 from prefix_tuning.variants import train_variants
@@ -179,6 +179,28 @@ def test_unrolled_layers_are_not_rematerialised(folder):
         setup.make_base(config)
 
 
+def test_cudnn_is_for_its_devices_types_and_sizes(folder, monkeypatch):
+    config = settings(folder)
+    config["model"]["attention"] = "cudnn"
+    with pytest.raises(UserError, match=r"needs an NVIDIA GPU of compute .* the device is cpu; expected 'plain'"):
+        setup.make_base(config)
+    assert parallel.here(config) == {"model": config["model"] | {"attention": "plain"}}
+    monkeypatch.setattr(parallel, "has_cudnn", lambda: True)
+    assert parallel.here(config) == {}
+    with pytest.raises(UserError, match=r"needs model\.dtype='bfloat16' or 'float16', and it is 'float32'; expected"):
+        setup.make_base(config)
+    config["model"]["dtype"] = "bfloat16"
+    setup.make_base(config)
+    narrow = models.build(read_json(folder / "model" / "config.json", "a model") | {"head_dim": 6})
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "read_model", lambda *_, **options: narrow)
+        with pytest.raises(UserError, match=r"heads of a multiple of 8 numbers, 128 at most, and they have 6"):
+            setup.make_base(config)
+    config["model"]["attention"] = "flash"
+    with pytest.raises(UserError, match=r"unknown model\.attention 'flash'; valid: cudnn, plain"):
+        setup.make_base(config)
+
+
 def test_the_same_command_again_shows_the_result(folder, finished):
     workdir, summary = finished
     before = (workdir / "metrics.jsonl").read_text()
@@ -267,7 +289,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
         ({"objective__normalisation": "word"}, "unknown objective.normalisation 'word'; valid: sequence, token"),
         ({"decode__num_beams": 0}, "num_beams"),
         ({"model__dtype": "float8"}, "unknown model.dtype 'float8'; valid: bfloat16"),
-        ({"model__wieghts": "int8"}, "unknown key in config section model: 'wieghts'; valid: dtype, name, remat, scan"),
+        (
+            {"model__wieghts": "int8"},
+            "unknown key in config section model: 'wieghts'; valid: attention, dtype",
+        ),
         ({"text__virtual": 5}, "config section text has 'virtual', which is the model's; drop it"),
         ({"text__start": 5}, "config section text has 'start', which is the model's; drop it"),
         ({"decode__end_tokens": (5,)}, "config section decode has 'end_tokens', which is the tokenizer's; drop it"),

@@ -18,7 +18,7 @@ from prefix_tuning.models import (
     roberta,
     t5,
 )
-from prefix_tuning.types import Model
+from prefix_tuning.types import Compute, Model
 
 MODELS = {
     "gpt2": gpt2,
@@ -40,10 +40,13 @@ MODELS = {
 }
 
 
-def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
-    """A `Model` from the contents of config.json; raises `UserError` for an unsupported family or variant."""
+def build(config: dict[str, Any], **options: Any) -> Model:
+    """A `Model` from the contents of config.json; options are those of `Compute`.
+
+    Raises `UserError` for an unsupported family or variant.
+    """
     kind = valid("model_type", config.get("model_type"), MODELS)
     try:
-        return MODELS[kind].build(config, scan=scan, remat=remat)
+        return MODELS[kind].build(config, Compute(**options))
     except KeyError as missing:
         raise UserError(f"config.json of a {kind} model lacks {missing}") from missing

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from prefix_tuning import nn
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.models import encoder, seq2seq
-from prefix_tuning.types import Model, Params, Spec
+from prefix_tuning.types import Compute, Model, Params, Spec
 
 OFFSET = 2  # rows of a position table before that of position 0
 # What is tied to the one embedding, and buffers and heads that other files carry.
@@ -76,7 +76,7 @@ def weights(config: dict[str, Any]) -> Params:
     }
 
 
-def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
+def build(config: dict[str, Any], compute: Compute) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for a variant whose arithmetic differs."""
     if not config.get("tie_word_embeddings", True):
         raise UserError("bart with tie_word_embeddings=false is not supported; expected true")
@@ -146,6 +146,5 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
         specs=weights(config),
         vocabulary=config["vocab_size"],
         max_positions=config["max_position_embeddings"],
-        scan=scan,
-        remat=remat,
+        compute=compute,
     )

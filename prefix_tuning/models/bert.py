@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from prefix_tuning import nn
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.models import encoder
-from prefix_tuning.types import LayerHooks, Model, Params, Projection, Sites, Spec
+from prefix_tuning.types import Compute, LayerHooks, Model, Params, Projection, Sites, Spec
 
 
 class Names(NamedTuple):
@@ -126,9 +126,7 @@ def projections(config: dict[str, Any]) -> dict[str, Projection]:
     return {name: Projection(*shape, weight=name) for name, shape in shapes.items()}
 
 
-def build(
-    config: dict[str, Any], *, scan: bool = True, remat: bool = False, names: Names = BERT, first_position: int = 0
-) -> Model:
+def build(config: dict[str, Any], compute: Compute, *, names: Names = BERT, first_position: int = 0) -> Model:
     """A `Model` from the contents of config.json; `first_position` is the row of the position table for position 0.
 
     Raises `UserError` for an unknown activation and for a variant whose arithmetic differs.
@@ -189,6 +187,5 @@ def build(
         specs=weights(config, names),
         vocabulary=config["vocab_size"],
         max_positions=config["max_position_embeddings"] - first_position,
-        scan=scan,
-        remat=remat,
+        compute=compute,
     )

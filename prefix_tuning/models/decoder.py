@@ -18,7 +18,7 @@ from prefix_tuning.attention import (
     slot_statistics,
     slots_at,
 )
-from prefix_tuning.types import KV, Adaptation, Batch, Cache, LayerHooks, Model, Params, Sites
+from prefix_tuning.types import KV, Adaptation, Batch, Cache, Compute, LayerHooks, Model, Params, Sites
 
 
 class Layer(NamedTuple):
@@ -58,25 +58,24 @@ def build(
     specs: Params,
     vocabulary: int,
     max_positions: int | None,
+    compute: Compute,
     how: Attention = PLAIN,
     kinds: Params | None = None,
-    scan: bool = True,
-    remat: bool = False,
 ) -> Model:
-    """Makes a `Model` of one stack of causal layers; scan=False unrolls them, for debugging and counting operations.
+    """Makes a `Model` of one stack of causal layers.
 
     `kinds` are arrays that lead with L and are no weights: in what else than weights layers differ.  They are scanned
     over beside the weights and handed to `layer` among them.  A "window" [L] of n lets a token see itself and the n - 1
     real tokens before it; prefixes and prompts are seen whatever the window.
     """
-    all_sites = {"decoder": sites}
+    all_sites, how = {"decoder": sites}, how._replace(kernel=compute.attention)
 
     def over_layers(body: Callable, carry: Any, params: Params, *beside: Any) -> tuple[Any, Any]:
         def one(carry, inputs):
             weights, (kinds, *beside) = inputs
             return body(carry, (weights | kinds, *beside))
 
-        return stacks.over_layers(one, carry, params["layers"], (kinds or {}, *beside), scan=scan, remat=remat)
+        return stacks.over_layers(one, carry, params["layers"], (kinds or {}, *beside), compute)
 
     def step_over_layers(
         body: Callable, x: Array, params: Params, hooks: LayerHooks, cache: Cache
@@ -226,7 +225,6 @@ def build(
     return Model(
         config=config,
         sites=all_sites,
-        scan=scan,
         specs=specs,
         vocabulary=vocabulary,
         max_positions=max_positions,

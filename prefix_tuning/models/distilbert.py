@@ -3,7 +3,7 @@
 from typing import Any
 
 from prefix_tuning.models import bert
-from prefix_tuning.types import Model
+from prefix_tuning.types import Compute, Model
 
 NAMES = bert.Names(
     embeddings="distilbert.embeddings",
@@ -30,7 +30,7 @@ CALLED = {
 }
 
 
-def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
+def build(config: dict[str, Any], compute: Compute) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` as BERT's does."""
     sizes = {ours: config[theirs] for ours, theirs in CALLED.items()}
-    return bert.build(config | sizes, scan=scan, remat=remat, names=NAMES)._replace(config=config)
+    return bert.build(config | sizes, compute, names=NAMES)._replace(config=config)

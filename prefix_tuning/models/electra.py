@@ -4,7 +4,7 @@ from typing import Any
 
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import bert
-from prefix_tuning.types import Model
+from prefix_tuning.types import Compute, Model
 
 NAMES = bert.BERT._replace(
     embeddings="electra.embeddings", layer="electra.encoder.layer.{layer}", pooler=None, masked=None
@@ -12,9 +12,9 @@ NAMES = bert.BERT._replace(
 IGNORED = (*bert.IGNORED, r"discriminator_predictions\..*", r"generator_(predictions|lm_head)\..*")
 
 
-def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
+def build(config: dict[str, Any], compute: Compute) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` as BERT's does, and for narrower embeddings."""
     width, narrow = config["hidden_size"], config.get("embedding_size", config["hidden_size"])
     if narrow != width:
         raise UserError(f"electra with embedding_size={narrow} is not supported; expected hidden_size, {width}")
-    return bert.build(config, scan=scan, remat=remat, names=NAMES)
+    return bert.build(config, compute, names=NAMES)

@@ -9,7 +9,7 @@ from jax import Array
 from prefix_tuning import fit, nn, stacks
 from prefix_tuning.attention import PLAIN, Attention, attend_hooked, segment_mask, slot_statistics, slots_at
 from prefix_tuning.errors import UserError
-from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, Model, Params, Sites
+from prefix_tuning.types import KV, Adaptation, Batch, Compute, LayerHooks, Model, Params, Sites
 
 
 class Layer(NamedTuple):
@@ -41,8 +41,7 @@ class Reader(NamedTuple):
     vocabulary: int  # V
     layers: str  # the name of its layers among the weights
     how: Attention
-    scan: bool
-    remat: bool
+    compute: Compute
 
     def start(
         self,
@@ -89,7 +88,7 @@ class Reader(NamedTuple):
             attended = attend_hooked(q, k, v, mask, own, "self", how=self.how, bias=bias)
             return self.layer.combine(weights, own, x, attended), keep(q, KV(k, v), own, mask)
 
-        x, kept = stacks.over_layers(body, text.x, params[self.layers], hooks, scan=self.scan, remat=self.remat)
+        x, kept = stacks.over_layers(body, text.x, params[self.layers], hooks, self.compute)
         return self.layer.norm(params, x), kept
 
 
@@ -103,14 +102,14 @@ def build(
     specs: Params,
     vocabulary: int,
     max_positions: int | None,
-    scan: bool = True,
-    remat: bool = False,
+    compute: Compute,
 ) -> Model:
-    """Makes a `Model` of one stack of layers that see both ways within a segment; scan=False unrolls them.
+    """Makes a `Model` of one stack of layers that see both ways within a segment.
 
     `pool` and `unembed` are those of `Model`.  It reads and does not write: `prefill` and `decode` raise `UserError`.
     """
-    reader = Reader(layer, {"encoder": sites}, vocabulary, "layers", PLAIN, scan, remat)
+    how = PLAIN._replace(kernel=compute.attention)
+    reader = Reader(layer, {"encoder": sites}, vocabulary, "layers", how, compute)
 
     def full(params: Params, adaptation: Adaptation, batch: Batch, keep: Callable) -> tuple[Array, Any]:
         """Hidden states [B T D] of the tokens, and what is kept of each layer."""
@@ -146,7 +145,6 @@ def build(
     return Model(
         config=config,
         sites=reader.sites,
-        scan=scan,
         specs=specs,
         vocabulary=vocabulary,
         max_positions=max_positions,

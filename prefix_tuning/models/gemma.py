@@ -8,12 +8,12 @@ from prefix_tuning import nn
 from prefix_tuning.attention import Attention
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.models import llama
-from prefix_tuning.types import Model, Params
+from prefix_tuning.types import Compute, Model, Params
 
 IGNORED = llama.IGNORED
 
 
-def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
+def build(config: dict[str, Any], compute: Compute) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for what Llama refuses, and for attention
     to later tokens."""
     kind = config["model_type"]
@@ -41,7 +41,7 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
         attention=Attention(config["query_pre_attn_scalar"] ** -0.5, cap),
         kinds=kinds,
     )
-    return llama.build_variant(config, variant, scan=scan, remat=remat)
+    return llama.build_variant(config, variant, compute)
 
 
 def frequencies(config: dict[str, Any], types: list[str]) -> Params:

@@ -5,7 +5,7 @@ from typing import Any
 from prefix_tuning import nn
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.models import decoder
-from prefix_tuning.types import Model, Params, Projection, Sites, Spec
+from prefix_tuning.types import Compute, Model, Params, Projection, Sites, Spec
 
 # Causal masks that older files carry as buffers, and the unembedding, which is the embedding.
 IGNORED = (r".*\.attn\.(bias|masked_bias)", r"lm_head\.weight")
@@ -66,7 +66,7 @@ def projections(config: dict[str, Any]) -> dict[str, Projection]:
     }
 
 
-def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
+def build(config: dict[str, Any], compute: Compute) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for a variant whose arithmetic differs."""
     for flag, usual in (
         ("scale_attn_weights", True),
@@ -118,6 +118,5 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
         specs=weights(config),
         vocabulary=config["vocab_size"],
         max_positions=config["n_positions"],
-        scan=scan,
-        remat=remat,
+        compute=compute,
     )

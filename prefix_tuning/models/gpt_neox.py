@@ -5,7 +5,7 @@ from typing import Any
 from prefix_tuning import nn
 from prefix_tuning.errors import valid
 from prefix_tuning.models import decoder
-from prefix_tuning.types import Model, Params, Projection, Sites, Spec
+from prefix_tuning.types import Compute, Model, Params, Projection, Sites, Spec
 
 # Causal masks and frequencies that older files carry as buffers.
 IGNORED = (r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",)
@@ -63,7 +63,7 @@ def projections(config: dict[str, Any]) -> dict[str, Projection]:
     return {name: Projection(*shape, weight=name) for name, shape in shapes.items()}
 
 
-def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
+def build(config: dict[str, Any], compute: Compute) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for an unknown activation or rotary scaling."""
     K, H = config["num_attention_heads"], config["hidden_size"] // config["num_attention_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -110,6 +110,5 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
         specs=weights(config),
         vocabulary=config["vocab_size"],
         max_positions=config["max_position_embeddings"],
-        scan=scan,
-        remat=remat,
+        compute=compute,
     )

@@ -13,7 +13,7 @@ from prefix_tuning import nn
 from prefix_tuning.attention import PLAIN, Attention
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.models import decoder
-from prefix_tuning.types import Model, Params, Projection, Sites, Spec
+from prefix_tuning.types import Compute, Model, Params, Projection, Sites, Spec
 
 BIASED = {"attention_bias": True, "mlp_bias": True}  # the config.json of a model whose every projection has a bias
 IGNORED = (r".*\.rotary_emb\.inv_freq",)  # a buffer that older files carry
@@ -140,13 +140,13 @@ def windows(types: list[str], window: int | None) -> Params:
     return {"window": np.array([window if kind == SLIDING else unbounded for kind in types], np.int32)}
 
 
-def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
+def build(config: dict[str, Any], compute: Compute) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for an unknown activation or rotary scaling."""
     mlp = ("gate", "up", "down") if config.get("mlp_bias") else ()
-    return build_variant(config, Variant(biased=(*attention_biases(config), *mlp)), scan=scan, remat=remat)
+    return build_variant(config, Variant(biased=(*attention_biases(config), *mlp)), compute)
 
 
-def build_variant(config: dict[str, Any], variant: Variant, *, scan: bool = True, remat: bool = False) -> Model:
+def build_variant(config: dict[str, Any], variant: Variant, compute: Compute) -> Model:
     """`build` for a relative."""
     K, G, H = head_shape(config)
     kinds = variant.kinds or {}
@@ -209,6 +209,5 @@ def build_variant(config: dict[str, Any], variant: Variant, *, scan: bool = True
         max_positions=config.get("max_position_embeddings"),
         how=variant.attention,
         kinds=kinds,
-        scan=scan,
-        remat=remat,
+        compute=compute,
     )

@@ -80,13 +80,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_model(folder: Path, *, scan: bool = True, remat: bool = False) -> Model:
+def read_model(folder: Path, **options: Any) -> Model:
     """The model that a folder holds, its `specs` without the optional weights that its files lack; reads no weight.
 
-    scan=False unrolls its layers, remat computes them again for their derivatives.  Raises `UserError` as `read_config`
-    and `models.build` do.
+    Options are those of `Compute`.  Raises `UserError` as `read_config` and `models.build` do.
     """
-    model = models.build(read_config(folder), scan=scan, remat=remat)
+    model = models.build(read_config(folder), **options)
     optional = {path: spec for path, spec in paths(model.specs) if spec.optional}
     if not optional:
         return model

@@ -3,12 +3,12 @@
 from typing import Any
 
 from prefix_tuning.models import llama
-from prefix_tuning.types import Model
+from prefix_tuning.types import Compute, Model
 
 IGNORED = llama.IGNORED
 
 
-def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
+def build(config: dict[str, Any], compute: Compute) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for what Llama refuses, so for longrope."""
     config = {"rms_norm_eps": 1e-5} | config  # Llama's is smaller where config.json says nothing
     window = config.get("sliding_window")
@@ -18,4 +18,4 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
         rotary_share=rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)),
         kinds=llama.windows([llama.FULL if window is None else llama.SLIDING] * config["num_hidden_layers"], window),
     )
-    return llama.build_variant(config, variant, scan=scan, remat=remat)
+    return llama.build_variant(config, variant, compute)

@@ -4,12 +4,12 @@ keys; windows in the layers from `max_window_layers` on, if the config uses them
 from typing import Any
 
 from prefix_tuning.models import llama
-from prefix_tuning.types import Model
+from prefix_tuning.types import Compute, Model
 
 IGNORED = llama.IGNORED
 
 
-def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
+def build(config: dict[str, Any], compute: Compute) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for what Llama refuses."""
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     first = config.get("max_window_layers", 28)
@@ -20,4 +20,4 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
         head_norms=third,
         kinds=llama.windows(types, window),
     )
-    return llama.build_variant(config, variant, scan=scan, remat=remat)
+    return llama.build_variant(config, variant, compute)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from prefix_tuning.models import bert
-from prefix_tuning.types import Model
+from prefix_tuning.types import Compute, Model
 
 NAMES = bert.BERT._replace(
     embeddings="roberta.embeddings",
@@ -14,6 +14,6 @@ NAMES = bert.BERT._replace(
 IGNORED = (*bert.IGNORED, r"lm_head\.decoder\.(weight|bias)")
 
 
-def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
+def build(config: dict[str, Any], compute: Compute) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` as BERT's does."""
-    return bert.build(config, scan=scan, remat=remat, names=NAMES, first_position=config.get("pad_token_id", 1) + 1)
+    return bert.build(config, compute, names=NAMES, first_position=config.get("pad_token_id", 1) + 1)

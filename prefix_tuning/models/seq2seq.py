@@ -12,7 +12,7 @@ from prefix_tuning import caching, nn, stacks
 from prefix_tuning.attention import PLAIN, Attention, attend_hooked, causal_mask, slot_statistics, slots_at, source_mask
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import encoder
-from prefix_tuning.types import KV, Adaptation, Batch, Cache, LayerHooks, Model, Params, Projection, Sites
+from prefix_tuning.types import KV, Adaptation, Batch, Cache, Compute, LayerHooks, Model, Params, Projection, Sites
 
 
 class Writer(NamedTuple):
@@ -51,22 +51,21 @@ def build(
     specs: Params,
     vocabulary: int,
     max_positions: int | None,
+    compute: Compute,
     how: Attention = PLAIN,
     bias: Bias = lambda *_: None,
-    scan: bool = True,
-    remat: bool = False,
 ) -> Model:
-    """Makes a `Model` of an encoder and a decoder; scan=False unrolls their layers.
+    """Makes a `Model` of an encoder and a decoder.
 
     Prompts and virtual tokens stand before and among what the encoder reads, and the decoder sees what became of them.
     Raises `UserError` for a config.json without a token that the decoder starts with.
     """
     if config.get("decoder_start_token_id") is None:
         raise UserError(f"config.json of a {config['model_type']} model lacks decoder_start_token_id")
-    start = config["decoder_start_token_id"]
-    reader = encoder.Reader(reading, sites, vocabulary, "encoder_layers", how, scan, remat)
+    start, how = config["decoder_start_token_id"], how._replace(kernel=compute.attention)
+    reader = encoder.Reader(reading, sites, vocabulary, "encoder_layers", how, compute)
 
-    over_layers = functools.partial(stacks.over_layers, scan=scan, remat=remat)
+    over_layers = functools.partial(stacks.over_layers, compute=compute)
 
     def read(
         params: Params, adaptation: Adaptation, tokens: Array, positions: Array, segments: Array, keep: Callable
@@ -236,7 +235,6 @@ def build(
     return Model(
         config=config,
         sites=sites,
-        scan=scan,
         specs=specs,
         vocabulary=vocabulary,
         max_positions=max_positions,

@@ -13,7 +13,7 @@ from prefix_tuning import nn
 from prefix_tuning.attention import Attention
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.models import encoder, seq2seq
-from prefix_tuning.types import Model, Params, Spec
+from prefix_tuning.types import Compute, Model, Params, Spec
 
 # What is tied to the one embedding, and a table that old files carry and nothing reads.
 IGNORED = (
@@ -115,7 +115,7 @@ def bucket(distance: Array, *, both_ways: bool, buckets: int, farthest: int) -> 
     return first + jnp.where(distance < exact, distance, wide)
 
 
-def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> Model:
+def build(config: dict[str, Any], compute: Compute) -> Model:
     """A `Model` from the contents of config.json; raises `UserError` for an unknown activation and for a decoder."""
     if config.get("is_decoder"):
         raise UserError(f"{config['model_type']} with is_decoder=true is not supported; expected false")
@@ -206,6 +206,5 @@ def build(config: dict[str, Any], *, scan: bool = True, remat: bool = False) -> 
         max_positions=None,
         how=Attention(scale=1.0),
         bias=bias,
-        scan=scan,
-        remat=remat,
+        compute=compute,
     )
