@@ -152,12 +152,13 @@ def alone(config: dict[str, Any]) -> dict[str, Any]:
 
 def sweep(file: str, flags: list[str], workdir: str, launcher: str, slurm: str | None) -> None:
     """Runs what the config's sweep(add) lists, train.population of them at once, and prints the table."""
-    from prefix_tuning import launch
+    from prefix_tuning import launch, setup
     from prefix_tuning import sweep as library
 
     root, planned = Path(workdir), listed(file)
     runs = {one.name: one for one in planned}
-    together = grouped(planned, flags)
+    configs = {name: configured(one, flags) for name, one in runs.items()}
+    together = grouped(configs)
 
     def command(name: str) -> list[str]:
         config, *overrides = runs[name].flags
@@ -167,22 +168,27 @@ def sweep(file: str, flags: list[str], workdir: str, launcher: str, slurm: str |
             own = [f"--config={file}", *flags, f"--workdir={root}", f"--runs={','.join(left(name, together, root))}"]
         return [sys.executable, str(ROOT / "run.py"), "train", *own]
 
-    print(library.run_all(planned, launch.make(launcher, slurm, command, root), root, together))
+    started = launch.make(launcher, slurm, command, root)
+    # Variants of one run share its model and its data, and check their sections themselves.
+    setup.check_inputs(
+        {n: alone(c) for n, c in configs.items() if "compare" not in c and not library.finished(root / n)}
+    )
+    print(library.run_all(planned, started, root, together))
 
 
-def grouped(planned: list[Any], flags: list[str]) -> list[list[str]] | None:
-    """The names of planned runs that train at once: train.population of them, where they can; None for one by one."""
+def grouped(configs: dict[str, dict[str, Any]]) -> list[list[str]] | None:
+    """The names of runs that train at once: train.population of them, where they can; None for one by one."""
     from prefix_tuning.errors import UserError
 
-    configs = [configured(one, flags) for one in planned]
-    size = configs[0]["train"].get("population", 1)
+    names = list(configs)
+    size = configs[names[0]]["train"].get("population", 1)
     if size < 1:
         raise UserError(f"train.population must be at least 1, got {size}")
     if size == 1:
         return None
     from prefix_tuning import population
 
-    return [[planned[i].name for i in group] for group in population.groups(list(map(alone, configs)), size)]
+    return [[names[i] for i in group] for group in population.groups(list(map(alone, configs.values())), size)]
 
 
 def report(workdir: str, output: str | None) -> None:

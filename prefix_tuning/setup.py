@@ -1,5 +1,6 @@
 """Config -> everything a run needs: the only place that looks names up, before an accelerator is touched."""
 
+import json
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,11 +104,7 @@ class Run(NamedTuple):
 
 def make_base(config: dict[str, Any]) -> Base:
     """Model, tokenizer, method and decoder, without the weights; raises `UserError` for anything that cannot work."""
-    unknown = [key for key in config if key not in SECTIONS]
-    missing = [key for key in SECTIONS if key not in (*config, *OPTIONAL)]
-    if unknown or missing:
-        told = [f"{what} {', '.join(keys)}" for what, keys in (("unknown:", unknown), ("lacking:", missing)) if keys]
-        raise UserError(f"config sections {' and '.join(told)}; expected {', '.join(SECTIONS)}")
+    check_sections(config)
     for key in config["model"]:
         valid("key in config section model:", key, ("name", *MODEL))
     valid("model.dtype", config["model"].get("dtype", MODEL["dtype"]), loading.DTYPES)
@@ -164,6 +161,37 @@ def make_base(config: dict[str, Any]) -> Base:
         prefix_length=nn.taken(abstract_adaptation(method, model), model),
         layout=parallel.make(model.specs, config.get("parallel", "replicated"), config.get("mesh")),
     )
+
+
+def check_sections(config: dict[str, Any]) -> None:
+    """Raises `UserError` for sections that a config lacks, or that nobody reads."""
+    unknown = [key for key in config if key not in SECTIONS]
+    missing = [key for key in SECTIONS if key not in (*config, *OPTIONAL)]
+    if unknown or missing:
+        told = [f"{what} {', '.join(keys)}" for what, keys in (("unknown:", unknown), ("lacking:", missing)) if keys]
+        raise UserError(f"config sections {' and '.join(told)}; expected {', '.join(SECTIONS)}")
+
+
+def check_inputs(configs: dict[str, dict[str, Any]]) -> None:
+    """Raises `UserError`, naming the first run that needs it, for a model or a data set that cannot be read.
+
+    Each is read once, however many runs share it, and no weights; the process that starts runs must leave accelerators
+    to them, so that none is touched.
+    """
+    read: set[str] = set()
+    for name, config in configs.items():
+        try:
+            check_sections(config)
+            if (key := config["model"]["name"]) not in read:
+                read.add(key)
+                loading.read_config(loading.find_folder(resolve(key)))
+            splits = call("evaluation", Evaluation, config["evaluation"])
+            for split in ("train", splits.split, splits.final_split):
+                if (key := json.dumps([config["dataset"], split])) not in read:
+                    read.add(key)
+                    load_split(config, split)
+        except UserError as error:
+            raise UserError(f"run {name!r}: {error}") from error
 
 
 def check_int8(name: str, method: Method, model: Model) -> None:
