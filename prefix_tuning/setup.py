@@ -335,6 +335,9 @@ def make_split(config: dict[str, Any], base: Base, name: str, evaluation: Evalua
 
 def encode(base: Base, pairs: datasets.Dataset) -> list[pipeline.Tokens] | list[pipeline.Example]:
     """Rows of a data set as examples to train on."""
+    for name in ("prompt", "completion"):
+        if name in base.text:
+            pipeline.check_fields(f"text.{name}", base.text[name], pairs.column_names)
     if base.task is None:
         options = base.text | {"start": base.model.start}
         return said(call, "text", pipeline.encode, options, pairs, base.tokenizer)

@@ -258,6 +258,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
         ({"method__length": 40}, r"prefix \(40\) \+ longest source and target .* but the model has 48"),
         ({"decode__max_new_tokens": 45}, "but the model has 48"),
         ({"text__prompt": "{sauce}"}, "unknown field 'sauce'; valid: source, target"),
+        (
+            {"text__prompt": "hi{eos}"},
+            r"text.prompt: the template 'hi\{eos\}' is the same .* in it: \{source\}, \{target",
+        ),
+        ({"text__completion": "hi"}, r"text.completion: the template 'hi' is the same for every row; expected a field"),
         ({"train__batch_size": 12}, "12 rows cannot be split over 1 micro-batches and 8 devices"),
         ({"train__examples": 31}, "cannot draw 31 rows of 30"),
         ({"evaluation__metrics": ("blue",)}, "unknown metric 'blue'; valid: .*bleu"),

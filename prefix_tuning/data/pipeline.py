@@ -412,17 +412,29 @@ def _at_least_one(**numbers: int | None) -> None:
 def _render(text: str, columns: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The template filled in for every row."""
     special = {name: getattr(tokenizer, f"{name}_token") for name in SPECIAL}
-    try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
-    except ValueError as error:
-        raise UserError(f"template {text!r} is malformed: {error}") from error
-    for field in sorted(fields):
+    for field in sorted(_fields(text)):
         if field not in columns and field not in special:
             raise UserError(f"template {text!r}: unknown field {field!r}; valid: {', '.join([*columns, *special])}")
         if field not in columns and special[field] is None:
             raise UserError(f"template {text!r}: the tokenizer has no {field} token")
     rows = zip(*columns.values(), strict=True)
     return [text.format_map(special | dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def _fields(text: str) -> set[str]:
+    """What a template names."""
+    try:
+        return {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+    except ValueError as error:
+        raise UserError(f"template {text!r} is malformed: {error}") from error
+
+
+def check_fields(option: str, text: str, columns: Sequence[str]) -> None:
+    """Raises UserError for a template of this option that reads the same for every row, which are of these columns."""
+    pieces = [piece for piece in template.pieces(text) if isinstance(piece, str)]
+    if not any(_fields(piece) - set(SPECIAL) for piece in pieces):
+        known = ", ".join(f"{{{name}}}" for name in columns)
+        raise UserError(f"{option}: the template {text!r} is the same for every row; expected a field in it: {known}")
 
 
 def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
