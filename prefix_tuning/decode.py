@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from prefix_tuning import nn
-from prefix_tuning.errors import UserError, valid
+from prefix_tuning.errors import OptionError, UserError, valid
 from prefix_tuning.types import Adaptation, Cache, Model, Params
 
 NORMALISERS = ("generated", "full")
@@ -56,9 +56,9 @@ class DecodeConfig:
             ("banned", not set(self.banned) & set(self.end_tokens), "no end token; min_new_tokens delays those"),
         ):
             if not holds:
-                raise UserError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+                raise OptionError(f"{name} is {getattr(self, name)!r}; expected {expected}")
         if self.do_sample and self.num_beams > 1:
-            raise UserError(f"do_sample with num_beams {self.num_beams}; sampling needs num_beams=1")
+            raise OptionError(f"do_sample with num_beams {self.num_beams}; sampling needs num_beams=1")
         neutral = {field.name: field.default for field in dataclasses.fields(self)}
         for used, condition, names in (
             (self.num_beams > 1, "num_beams above 1", ("length_penalty", "normalise", "early_stopping")),
@@ -66,7 +66,7 @@ class DecodeConfig:
         ):
             idle = [name for name in names if getattr(self, name) != neutral[name]]
             if idle and not used:
-                raise UserError(f"{', '.join(idle)} would do nothing; expected {condition} beside it")
+                raise OptionError(f"{', '.join(idle)} would do nothing; expected {condition} beside it")
 
 
 def make_generate(model: Model, config: DecodeConfig) -> Callable[..., tuple[Array, Array]]:

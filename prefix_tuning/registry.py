@@ -1,10 +1,11 @@
 """Factories by name: a factory's keyword arguments are the schema of the config section that calls it."""
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from prefix_tuning.errors import UserError, valid
+from prefix_tuning.errors import OptionError, UserError, valid
 
 
 def named(section: str, registry: dict[str, Callable], options: dict[str, Any], *arguments: Any) -> Any:
@@ -22,7 +23,17 @@ def defaults(factory: Callable) -> dict[str, Any]:
 
 def call(section: str, factory: Callable, options: dict[str, Any], *arguments: Any) -> Any:
     """factory(*arguments, **options), whose signature is the section's schema; raises `UserError` naming valid keys."""
-    return checked(f"config section {section}", factory, options, *arguments)
+    with options_of(section):
+        return checked(f"config section {section}", factory, options, *arguments)
+
+
+@contextlib.contextmanager
+def options_of(section: str) -> Iterator[None]:
+    """Within it an `OptionError` is about this section, which its message then names as the command line does."""
+    try:
+        yield
+    except OptionError as error:
+        raise UserError(f"{section}.{error}") from error
 
 
 def checked(where: str, factory: Callable, options: dict[str, Any], *arguments: Any) -> Any:

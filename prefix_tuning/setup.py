@@ -14,14 +14,14 @@ import optax
 from prefix_tuning import data, nn, parallel
 from prefix_tuning.data import pipeline, tasks
 from prefix_tuning.decode import DecodeConfig
-from prefix_tuning.errors import UserError, valid
+from prefix_tuning.errors import UserError, at_least_one, valid
 from prefix_tuning.heads import with_head
 from prefix_tuning.methods import METHODS
 from prefix_tuning.metrics import METRICS
 from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.optimizer import make_optimizer
-from prefix_tuning.registry import call, defaults, named
+from prefix_tuning.registry import call, defaults, named, options_of
 from prefix_tuning.types import Adaptation, Method, Model, Objective, Params, TrainState, count, joined
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -287,6 +287,11 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
     """Data and optimizer; raises `UserError` for anything that cannot work, lengths included."""
     train = call("train", Train, config["train"])
     evaluation = call("evaluation", Evaluation, config["evaluation"])
+    with options_of("train"):
+        counts = ("examples", "accumulate", "log_every", "checkpoint_every", "keep")
+        at_least_one(**{name: getattr(train, name) for name in counts})
+    with options_of("evaluation"):
+        at_least_one(batch_size=evaluation.batch_size, examples=evaluation.examples, pairs=evaluation.pairs)
     for name in evaluation.metrics:
         valid("metric", name, METRICS)
     if train.draw is not None and train.examples is None:
@@ -302,7 +307,7 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
     check_lengths("train", base, examples)
     options = {"batch_size": train.batch_size, "epochs": train.epochs, "seed": config["seed"], "packing": train.packing}
     options |= {"shapes": train.shapes, "prefetch": train.prefetch, "part": base.layout.part(train.accumulate)}
-    stream = said(pipeline.train_data, examples, **options)
+    stream = call("train", pipeline.train_data, options, examples)
     tx, schedule = call("optimizer", make_optimizer, config["optimizer"], stream.total_steps)
     if evaluation.pairs is not None and base.task is not None:
         raise UserError(
@@ -314,6 +319,14 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
     if evaluation.final_split != evaluation.split:
         final = make_split(config, base, evaluation.final_split, evaluation)
     return Run(train, evaluation, tx, schedule, stream, split, final)
+
+
+def check_rows(base: Base, run: Run) -> None:
+    """Raises `UserError` unless every batch can be split over the devices."""
+    with options_of("train"):
+        base.layout.check_rows(run.train.batch_size, run.train.accumulate)
+    with options_of("evaluation"):
+        base.layout.check_rows(run.evaluation.batch_size)
 
 
 def make_split(config: dict[str, Any], base: Base, name: str, evaluation: Evaluation) -> Split:
@@ -360,7 +373,7 @@ def make_prompts(
     if isinstance(records, list):
         records = datasets.Dataset.from_list([{"source": row["source"]} for row in records])
     options = {name: base.text[name] for name in ("prompt", "max_source", "virtual")}
-    prompts = said(pipeline.encode_prompts, records, base.tokenizer, **options)
+    prompts = call("text", pipeline.encode_prompts, options, records, base.tokenizer)
     longest, new = max(map(len, prompts)), base.decode.max_new_tokens
     if base.model.is_encoder_decoder:
         check_positions(base, longest, f"longest source of the {name} split")

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning import template
-from prefix_tuning.errors import UserError
+from prefix_tuning.errors import UserError, at_least_one
 
 WINDOW = 50  # batches sorted by length together: enough for little padding, few enough for a random order
 OPEN_ROWS = 64  # rows that packing still adds to; more pack hardly tighter and cost time
@@ -102,7 +102,7 @@ def encode(
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token (eos_token), which every target ends with")
-    _at_least_one(max_target=max_target)
+    at_least_one(max_target=max_target)
     if (CHAT in prompt) != (completion == CHAT):
         raise UserError(f"text.prompt={prompt!r} and text.completion={completion!r}; expected {CHAT} in both or none")
     if CHAT in prompt:
@@ -135,7 +135,7 @@ def encode_prompts(
     prompt without tokens.
     """
     columns = dataset[:]
-    _at_least_one(max_source=max_source)
+    at_least_one(max_source=max_source)
     if CHAT in prompt:
         if max_source is not None:
             raise UserError("text.max_source would cut a conversation's form; expected None with {chat}")
@@ -335,7 +335,7 @@ def train_data(
     Unpacked, batches take at most `shapes` shapes; packed, one.  Of each batch it makes a `part`.  Raises
     UserError without examples, and for a first step beyond the last.
     """
-    _at_least_one(batch_size=batch_size, epochs=epochs, shapes=shapes)
+    at_least_one(batch_size=batch_size, epochs=epochs, shapes=shapes)
     lengths, targets = _sizes(examples)
     sizes = [packed_shape(lengths, targets)] if packing else bucket_shapes(lengths, targets, shapes)
 
@@ -373,7 +373,7 @@ def eval_batches(
 
     Of each batch it makes a `part`.
     """
-    _at_least_one(batch_size=batch_size, shapes=shapes)
+    at_least_one(batch_size=batch_size, shapes=shapes)
     lengths, targets = _sizes(examples)
     sizes = bucket_shapes(lengths, targets, shapes)
     for indices in _longest_first(lengths, batch_size):
@@ -390,7 +390,7 @@ def prompt_batches(
     batch has the index -1 and repeats a prompt, because decoding from nothing is undefined.  Raises UserError for a
     prompt without tokens.
     """
-    _at_least_one(batch_size=batch_size, multiple=multiple)
+    at_least_one(batch_size=batch_size, multiple=multiple)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if 0 in lengths:
         raise UserError(f"prompt {lengths.tolist().index(0)} has no tokens; expected at least one to decode from")
@@ -401,12 +401,6 @@ def prompt_batches(
         for b, i in enumerate(real):
             tokens[b, : lengths[i]] = prompts[i]
         yield indices, tokens, lengths[real]
-
-
-def _at_least_one(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise UserError(f"{name} is {number}; expected at least 1")
 
 
 def _render(text: str, columns: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> list[str]:
