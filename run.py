@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -392,7 +393,10 @@ def parse(arguments: list[str]) -> tuple[Command, dict[str, Any], bool]:
             options = {"flag_values": values, "sys_argv": [name, *rest]}
             config_flags.DEFINE_config_dict("config", config, **options, accept_new_attributes=new, lock_config=not new)
     values.set_gnu_getopt(command.several is not None)  # arguments without a name may stand before options
-    extra = values([name, *rest])[1:]
+    try:
+        extra = values([name, *rest])[1:]
+    except flags.IllegalFlagValueError as error:
+        raise flags.Error(mistyped(str(error), config)) from error
     if extra and command.several is None:
         raise flags.Error(f"unexpected argument {extra[0]!r}; options are given as --name=value")
     given = own | {option: values[option].value for option in command.options if option != "config"}
@@ -425,6 +429,24 @@ def check_options(config: config_dict.ConfigDict, arguments: list[str], new: boo
                 told = ", ".join(known) or "nothing below it"
                 raise flags.Error(f"unknown option config.{'.'.join(names[:depth])}; the config has {told}")
             section = section[key] if key in known else None
+
+
+def mistyped(message: str, config: config_dict.ConfigDict) -> str:
+    """What flags say of a value that is not of its option's type, as a user would."""
+    from prefix_tuning.registry import in_words
+
+    found = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
+    if found is None:
+        return message
+    path, value = found.groups()
+    section, name = config, path
+    while "." in name:
+        first, _, name = name.partition(".")
+        section = section[first]
+    kind = section.get_type(name)
+    if kind is config_dict.ConfigDict:
+        return f"config.{path} is a section; expected one of its options, --config.{path}.{min(section[name])}=... say"
+    return f"config.{path} is {value!r}; expected {in_words(kind)}"
 
 
 def load_config(value: str) -> config_dict.ConfigDict:

@@ -21,7 +21,7 @@ from prefix_tuning.metrics import METRICS
 from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.optimizer import make_optimizer
-from prefix_tuning.registry import call, defaults, named, options_of
+from prefix_tuning.registry import call, defaults, fits, in_words, named, options_of
 from prefix_tuning.types import Adaptation, Method, Model, Objective, Params, TrainState, count, joined
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,6 +170,9 @@ def check_sections(config: dict[str, Any]) -> None:
     if unknown or missing:
         told = [f"{what} {', '.join(keys)}" for what, keys in (("unknown:", unknown), ("lacking:", missing)) if keys]
         raise UserError(f"config sections {' and '.join(told)}; expected {', '.join(SECTIONS)}")
+    for section, key in (("model", "name"), ("dataset", "path")):
+        if not isinstance(config[section].get(key), str):
+            raise UserError(f"{section}.{key} is {config[section].get(key)!r}; expected a text")
 
 
 def check_inputs(configs: dict[str, dict[str, Any]]) -> None:
@@ -396,8 +399,10 @@ def make_decode(section: dict[str, Any], tokenizer: Any, folder: Path) -> Decode
         raise UserError(f"{folder} has no tokenizer with an end token (eos_token); text cannot be written without")
     refuse("decode", section, ("end_tokens", "pad_token"), "the tokenizer's")
     options = dict(section)
-    banned = []
-    for text in options.pop("banned", ()):
+    banned, texts = [], options.pop("banned", ())
+    if not fits(texts, tuple[str, ...]):
+        raise UserError(f"decode.banned is {texts!r}; expected {in_words(tuple[str, ...])}")
+    for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise UserError(f"decode.banned: {text!r} is {len(ids)} tokens; expected texts of one token")

@@ -276,6 +276,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
         ({"evaluation__examples": 0}, "^evaluation.examples is 0; expected at least 1$"),
         ({"text__max_source": 0}, "^text.max_source is 0; expected at least 1$"),
         ({"text__max_target": 0}, "^text.max_target is 0; expected at least 1$"),
+        ({"train__draw": "ten"}, "^train.draw is 'ten'; expected a whole number or None$"),
+        ({"decode__early_stopping": 1}, "^decode.early_stopping is 1; expected True or False$"),
+        ({"method__scale": "big"}, "^method.scale is 'big'; expected a number or None$"),
+        ({"method__layers": (0, 1.5)}, r"^method.layers is \(0, 1.5\); expected a tuple of whole numbers or None$"),
+        ({"train__population": True}, "^train.population is True; expected a whole number$"),
+        ({"decode__length_penalty": "high"}, "^decode.length_penalty is 'high'; expected a number$"),
+        ({"decode__banned": "a"}, "^decode.banned is 'a'; expected a tuple of texts$"),
         ({"train__examples": 31}, "cannot draw 31 rows of 30"),
         ({"evaluation__metrics": ("blue",)}, "unknown metric 'blue'; valid: .*bleu"),
         ({"model__name": "/nowhere"}, "'/nowhere' is no folder"),
@@ -315,6 +322,22 @@ def test_sections_that_are_not_there_are_named(folder):
     ):
         with pytest.raises(UserError, match=f"^config sections {told}"):
             setup.make_base(changed)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("method.length=ten", "config.method.length is 'ten'; expected a whole number"),
+        ("train.examples=a few", "config.train.examples is 'a few'; expected a whole number"),
+        ("optimizer.learning_rate=1e-2e", "config.optimizer.learning_rate is '1e-2e'; expected a number"),
+        ("train.packing=maybe", "config.train.packing is 'maybe'; expected True or False"),
+        ("method=lora", "config.method is a section; expected one of its options, --config.method.dropout=... say"),
+    ],
+)
+def test_a_value_that_is_not_of_its_options_type(capsys, tmp_path, option, message):
+    command = ["train", "--config=configs/quickstart.py", f"--config.{option}", f"--workdir={tmp_path}/w"]
+    assert run.main(command) == 1
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_an_option_that_the_config_leaves_out_can_be_given():
