@@ -171,6 +171,10 @@ class Replicated:
         """A tree of rows that `each` gave as arrays [B ...] on the host."""
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(rows))
 
+    def by_run(self, runs: int) -> bool:
+        """Whether so many runs that train in one step are spread over a host's devices, or else their rows."""
+        return runs % jax.local_device_count() == 0
+
     def held(self, tree: Any) -> int:
         """The bytes of a tree, of arrays or shapes, on each device."""
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -275,6 +279,11 @@ class Sharded:
                 return function(*arguments)
 
         return traced
+
+    def by_run(self, runs: int) -> bool:
+        """As for `Replicated`."""
+        del runs
+        return False
 
     def held(self, tree: Any) -> int:
         """As for `Replicated`."""

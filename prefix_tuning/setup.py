@@ -263,14 +263,24 @@ def read_weights(base: Base, config: dict[str, Any]) -> Params:
     )
 
 
-def check_memory(base: Base, config: dict[str, Any], run: Run | None = None) -> None:
-    """Raises `UserError` for weights and, with a run, its state that are more than a device's memory."""
+def check_memory(base: Base, config: dict[str, Any], run: Run | None = None, together: int = 1) -> None:
+    """Raises `UserError` for weights and, with a run, its state that are more than a device's memory.
+
+    So many runs that train `together`, none with more parameters than this one, share the weights alone.
+    """
     section = MODEL | config["model"]
+    weights = loading.abstract(base.model, section["dtype"], section["weights"])
     frozen = abstract_frozen(base.method, base.model, section["dtype"], section["weights"])
     trainable = abstract_trainable(base.method, base.model)
-    parts = {"weights": frozen, "trained parameters": trainable}
+    own = {"what the method keeps": {name: x for name, x in frozen.items() if name not in weights}}
+    own["trained parameters"] = trainable
     if run is not None:
-        parts["optimizer state"] = jax.eval_shape(run.tx.init, trainable)
+        own["optimizer state"] = jax.eval_shape(run.tx.init, trainable)
+    if together > 1:
+        each = together // jax.local_device_count() if base.layout.by_run(together) else together
+        stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((each, *x.shape), x.dtype), own)
+        own = {f"{name} of {each} of {together} runs": tree for name, tree in stacked.items()}
+    parts = {"weights": weights} | {name: tree for name, tree in own.items() if jax.tree.leaves(tree)}
     parallel.check_memory(base.layout, base.model.specs, parts, parallel.memory_limit())
 
 

@@ -125,7 +125,8 @@ def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | P
     if not left:
         return list(summaries.values())
     alone = len(left) == 1
-    setup.check_memory(bases[0], configs[0], runs[0])
+    largest = max(left, key=lambda i: setup.parameter_counts(bases[i].method, bases[i].model)["trained"])
+    setup.check_memory(bases[largest], configs[largest], runs[largest], len(left))
     weights = setup.read_weights(bases[0], configs[0])
     members = []
     for i in left:
