@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from prefix_tuning import nn
+from prefix_tuning import nn, positions
 from prefix_tuning.errors import OptionError, UserError, valid
 from prefix_tuning.types import Adaptation, Cache, Model, Params
 
@@ -365,18 +365,9 @@ def prefill(
     model: Model, config: DecodeConfig, params: Params, adaptation: Adaptation, tokens: Array, lengths: Array
 ) -> tuple[Array, Cache]:
     """Reads prompts [B T], without room to write yet; raises `UserError` if they leave too few positions for that."""
-    prefix = nn.taken(adaptation, model)
-    length, new = tokens.shape[1], config.max_new_tokens
-    apart = model.is_encoder_decoder
-    longest = max(prefix + length, new) if apart else prefix + length + new
-    if model.max_positions is not None and longest > model.max_positions:
-        sizes = f"virtual tokens {prefix} + source {length}, and max_new_tokens {new}, take"
-        if not apart:
-            sizes = f"prefix {prefix} + prompt {length} + max_new_tokens {new} ="
-        raise UserError(
-            f"{sizes} {longest} positions; expected at most {model.max_positions}, which is what the model knows"
-        )
-    return model.prefill(params, adaptation, tokens, lengths, int(apart))
+    longest = {"longest source": tokens.shape[1]}
+    positions.check(model, positions.taken(adaptation, model), longest, {"max_new_tokens": config.max_new_tokens})
+    return model.prefill(params, adaptation, tokens, lengths, int(model.is_encoder_decoder))
 
 
 def forbid(config: DecodeConfig, scores: Array, step: Array) -> Array:

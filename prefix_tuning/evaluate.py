@@ -63,7 +63,7 @@ def make_generator(base: Base, batch_size: int, check: Callable) -> Write:
     longest = base.model.max_positions
     if longest is not None:
         written = 0 if base.model.is_encoder_decoder else base.decode.max_new_tokens
-        longest -= base.prefix_length + written
+        longest -= base.taken.read + written
 
     def write(params: Params, adaptation: Adaptation, prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
         texts: dict[int, str] = {}

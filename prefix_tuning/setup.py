@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prefix_tuning import data, nn, parallel
+from prefix_tuning import data, nn, parallel, positions
 from prefix_tuning.data import pipeline, tasks
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError, at_least_one, valid
@@ -78,7 +78,7 @@ class Base(NamedTuple):
     task: tasks.Task | None  # None: answers are generated
     text: dict[str, Any]  # how examples are tokenised, the method's template filled in
     decode: DecodeConfig | None
-    prefix_length: int  # positions that the method takes from real tokens
+    taken: positions.Taken  # positions that the method takes from real tokens
     layout: parallel.Layout  # where arrays lie
 
 
@@ -158,7 +158,7 @@ def make_base(config: dict[str, Any]) -> Base:
         task=task,
         text=make_text(config["text"], method, model),
         decode=None if task else make_decode(config["decode"], tokenizer, folder),
-        prefix_length=nn.taken(abstract_adaptation(method, model), model),
+        taken=positions.taken(abstract_adaptation(method, model), model),
         layout=parallel.make(model.specs, config.get("parallel", "replicated"), config.get("mesh")),
     )
 
@@ -388,11 +388,7 @@ def make_prompts(
     options = {name: base.text[name] for name in ("prompt", "max_source", "virtual")}
     prompts = call("text", pipeline.encode_prompts, options, records, base.tokenizer)
     longest, new = max(map(len, prompts)), base.decode.max_new_tokens
-    if base.model.is_encoder_decoder:
-        check_positions(base, longest, f"longest source of the {name} split")
-        check_positions(base, new, "decode.max_new_tokens", prefix=0)
-    else:
-        check_positions(base, longest + new, f"longest source of the {name} split and decode.max_new_tokens")
+    check_positions(base, {f"longest source of the {name} split": longest}, {"decode.max_new_tokens": new})
     return prompts
 
 
@@ -454,21 +450,18 @@ def check_lengths(split: str, base: Base, examples: list[pipeline.Tokens] | list
     """Raises `UserError` if what is read or written does not fit the model's positions."""
     longest = pipeline.longest(examples)
     if base.model.is_encoder_decoder:
-        check_positions(base, longest, f"longest source of the {split} split")
-        written = max(len(example.read) for example in examples)
-        check_positions(base, written, f"longest target of the {split} split", prefix=0)
+        written = {f"longest target of the {split} split": max(len(example.read) for example in examples)}
+        check_positions(base, {f"longest source of the {split} split": longest}, written)
     else:
-        check_positions(base, longest, f"longest source and target of the {split} split")
+        check_positions(base, {f"longest source and target of the {split} split": longest}, {})
 
 
-def check_positions(base: Base, length: int, what: str, *, prefix: int | None = None) -> None:
-    """Raises `UserError` if so many positions, behind those that the method takes, are more than the model has."""
-    prefix, limit = base.prefix_length if prefix is None else prefix, base.model.max_positions
-    if limit is not None and prefix + length > limit:
-        raise UserError(
-            f"prefix ({prefix}) + {what} ({length}) = {prefix + length} positions, but the model has {limit}; shorten "
-            "method.length, text.max_source, text.max_target or decode.max_new_tokens"
-        )
+def check_positions(base: Base, read: dict[str, int], written: dict[str, int]) -> None:
+    """Raises `UserError` if lengths, and what the method takes, are more positions than the model has."""
+    options = "method.length, text.max_source, text.max_target or decode.max_new_tokens"
+    if base.task is not None:
+        options = "method.length or text.max_length"
+    positions.check(base.model, base.taken, read, written, f"shorten {options}")
 
 
 def parameter_counts(method: Method, model: Model) -> dict[str, int]:

@@ -13,6 +13,7 @@ LEVELS = (
     ("bootstrap", "compiled", "files", "hosts", "page", "registry", "template", "torchless"),
     ("types",),
     ("nn",),
+    ("positions",),
     ("models", "methods", "objectives", "data", "metrics"),
     ("train_step", "parallel", "decode", "checkpoint", "record", "interop", "optimizer", "heads", "state"),
     ("setup", "stream", "progress", "launch"),

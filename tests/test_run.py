@@ -255,7 +255,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
     ("overrides", "message"),
     [
         ({"method__length": 0}, "method.length must be at least 1, got 0"),
-        ({"method__length": 40}, r"prefix \(40\) \+ longest source and target .* but the model has 48"),
+        ({"method__length": 40}, r"prefix or prompt \(40\) \+ longest source and target .* but the model has 48"),
         ({"decode__max_new_tokens": 45}, "but the model has 48"),
         ({"text__prompt": "{sauce}"}, "unknown field 'sauce'; valid: source, target"),
         (
