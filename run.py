@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -12,8 +13,18 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import flags
-from ml_collections import config_dict, config_flags
+
+def interrupted(number: int, _: Any) -> None:
+    """Ends this process at Ctrl-C where there is nothing to save: an exception would be lost in some callbacks."""
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, interrupted)
+
+from absl import flags  # noqa: E402 (it takes a while)
+from ml_collections import config_dict, config_flags  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 QUICKSTART = ["train", "--config=configs/quickstart.py", "--workdir=runs/quickstart"]

@@ -205,6 +205,48 @@ def test_stopped_and_resumed_equals_uninterrupted(folder, finished, tmp_path, mo
     assert results(tmp_path / "w") == results(finished[0])
 
 
+BUSY = """
+import hashlib, sys
+from prefix_tuning.progress import Stop
+with Stop():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # no handler of Python's is called before it returns
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_run_at_once_whatever_it_computes(first):
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(first)
+    assert process.stderr.readline() == f"{first.name}: saving, then stopping (once more to stop at once)\n"
+    process.send_signal(signal.SIGINT)
+    told = process.communicate()[1]
+    assert told == "SIGINT: stopped at once; the same command goes on from what was saved\n"
+    assert process.returncode == 130
+
+
+LOST = """
+import os, signal
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+Last()
+"""
+
+
+def test_ctrl_c_while_starting_is_not_lost(tmp_path):
+    """Python prints and forgets what a handler raises in a destructor or a weak reference's callback."""
+    (tmp_path / "config.py").write_text(LOST)
+    command = [sys.executable, run.__file__, "train", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/w"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
+
+
 def test_a_crash_between_checkpoints_loses_nothing(folder, finished, tmp_path, monkeypatch):
     read = loop.Meter.read
 
