@@ -4,6 +4,8 @@
 import importlib.util
 import json
 import os
+import re
+import signal
 import sys
 import traceback
 import warnings
@@ -11,8 +13,18 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import flags
-from ml_collections import config_dict, config_flags
+
+def interrupted(number: int, _: Any) -> None:
+    """Ends this process at Ctrl-C where there is nothing to save: an exception would be lost in some callbacks."""
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, interrupted)
+
+from absl import flags  # noqa: E402 (it takes a while)
+from ml_collections import config_dict, config_flags  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 QUICKSTART = ["train", "--config=configs/quickstart.py", "--workdir=runs/quickstart"]
@@ -152,12 +164,13 @@ def alone(config: dict[str, Any]) -> dict[str, Any]:
 
 def sweep(file: str, flags: list[str], workdir: str, launcher: str, slurm: str | None) -> None:
     """Runs what the config's sweep(add) lists, train.population of them at once, and prints the table."""
-    from prefix_tuning import launch
+    from prefix_tuning import launch, setup
     from prefix_tuning import sweep as library
 
     root, planned = Path(workdir), listed(file)
     runs = {one.name: one for one in planned}
-    together = grouped(planned, flags)
+    configs = {name: configured(one, flags) for name, one in runs.items()}
+    together = grouped(configs)
 
     def command(name: str) -> list[str]:
         config, *overrides = runs[name].flags
@@ -167,22 +180,27 @@ def sweep(file: str, flags: list[str], workdir: str, launcher: str, slurm: str |
             own = [f"--config={file}", *flags, f"--workdir={root}", f"--runs={','.join(left(name, together, root))}"]
         return [sys.executable, str(ROOT / "run.py"), "train", *own]
 
-    print(library.run_all(planned, launch.make(launcher, slurm, command, root), root, together))
+    started = launch.make(launcher, slurm, command, root)
+    # Variants of one run share its model and its data, and check their sections themselves.
+    setup.check_inputs(
+        {n: alone(c) for n, c in configs.items() if "compare" not in c and not library.finished(root / n)}
+    )
+    print(library.run_all(planned, started, root, together))
 
 
-def grouped(planned: list[Any], flags: list[str]) -> list[list[str]] | None:
-    """The names of planned runs that train at once: train.population of them, where they can; None for one by one."""
+def grouped(configs: dict[str, dict[str, Any]]) -> list[list[str]] | None:
+    """The names of runs that train at once: train.population of them, where they can; None for one by one."""
     from prefix_tuning.errors import UserError
 
-    configs = [configured(one, flags) for one in planned]
-    size = configs[0]["train"].get("population", 1)
+    names = list(configs)
+    size = configs[names[0]]["train"].get("population", 1)
     if size < 1:
         raise UserError(f"train.population must be at least 1, got {size}")
     if size == 1:
         return None
     from prefix_tuning import population
 
-    return [[planned[i].name for i in group] for group in population.groups(list(map(alone, configs)), size)]
+    return [[names[i] for i in group] for group in population.groups(list(map(alone, configs.values())), size)]
 
 
 def report(workdir: str, output: str | None) -> None:
@@ -386,7 +404,10 @@ def parse(arguments: list[str]) -> tuple[Command, dict[str, Any], bool]:
             options = {"flag_values": values, "sys_argv": [name, *rest]}
             config_flags.DEFINE_config_dict("config", config, **options, accept_new_attributes=new, lock_config=not new)
     values.set_gnu_getopt(command.several is not None)  # arguments without a name may stand before options
-    extra = values([name, *rest])[1:]
+    try:
+        extra = values([name, *rest])[1:]
+    except flags.IllegalFlagValueError as error:
+        raise flags.Error(mistyped(str(error), config)) from error
     if extra and command.several is None:
         raise flags.Error(f"unexpected argument {extra[0]!r}; options are given as --name=value")
     given = own | {option: values[option].value for option in command.options if option != "config"}
@@ -419,6 +440,24 @@ def check_options(config: config_dict.ConfigDict, arguments: list[str], new: boo
                 told = ", ".join(known) or "nothing below it"
                 raise flags.Error(f"unknown option config.{'.'.join(names[:depth])}; the config has {told}")
             section = section[key] if key in known else None
+
+
+def mistyped(message: str, config: config_dict.ConfigDict) -> str:
+    """What flags say of a value that is not of its option's type, as a user would."""
+    from prefix_tuning.registry import in_words
+
+    found = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
+    if found is None:
+        return message
+    path, value = found.groups()
+    section, name = config, path
+    while "." in name:
+        first, _, name = name.partition(".")
+        section = section[first]
+    kind = section.get_type(name)
+    if kind is config_dict.ConfigDict:
+        return f"config.{path} is a section; expected one of its options, --config.{path}.{min(section[name])}=... say"
+    return f"config.{path} is {value!r}; expected {in_words(kind)}"
 
 
 def load_config(value: str) -> config_dict.ConfigDict:

@@ -178,8 +178,8 @@ def make_subject(name: str, batch: int, folder: Path) -> Subject:
     rng = np.random.default_rng(0)
     entry = base.model.entry
     sites = base.model.sites[entry]
-    k, v = (0.1 * rng.standard_normal((sites.layers, base.prefix_length, *sites.kv["self"]), np.float32) for _ in "kv")
-    adaptation = Adaptation(**{entry: LayerHooks(kv={"self": KV(k, v)})}, shift=base.prefix_length)
+    k, v = (0.1 * rng.standard_normal((sites.layers, base.taken.read, *sites.kv["self"]), np.float32) for _ in "kv")
+    adaptation = Adaptation(**{entry: LayerHooks(kv={"self": KV(k, v)})}, shift=base.taken.read)
     head = None
     if base.objective.head is not None:
         shape = sites.width, len(config["objective"]["labels"])

@@ -54,7 +54,7 @@ def main(config):
     torch.manual_seed(config["seed"])
     model = transformers.AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
     theirs = peft.get_peft_model(
-        model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=base.prefix_length)
+        model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=base.taken.read)
     )
     initialize_kv_prefix_from_text(theirs, base.tokenizer, text=TEXT)
     rows = peft_side.shuffled(examples, settings.batch_size, settings.epochs, config["seed"])

@@ -66,7 +66,7 @@ def train_both(config):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         base.folder, dtype=torch.float32, num_labels=len(config["objective"]["labels"])
     )
-    own = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=base.prefix_length)
+    own = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=base.taken.read)
     theirs = peft.get_peft_model(model, own)
     examples = setup.encode(base, our_side.training_rows(config))
     their_step = peft_side.torch_step(

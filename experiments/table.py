@@ -550,10 +550,12 @@ def make(
     asked = [run for run in runs if chosen.only is None or run.row.name in chosen.only]
     parts = population.groups([run.config for run in asked], chosen.population)
     together = [[asked[number].planned.name for number in part] for part in parts]
-    say(f"{setting(differing)}  {len(asked)} runs; {table.cost}")
     todo = [run.planned for run in asked]
+    started = launcher(todo, together)
+    setup.check_inputs({one.planned.name: one.config for one in asked if not sweep.finished(root / one.planned.name)})
+    say(f"{setting(differing)}  {len(asked)} runs; {table.cost}")
     try:
-        sweep.run_all(todo, launcher(todo, together), root, together)
+        sweep.run_all(todo, started, root, together)
     finally:
         text = write(name, table, collect(table, runs, root), differing, root)
     return text

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prefix_tuning import evaluate, fit, hosts, publish, setup
+from prefix_tuning import evaluate, hosts, positions, publish, setup
 from prefix_tuning import parallel as layouts
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.decode import DecodeConfig, make_generate, ready
@@ -102,7 +102,9 @@ def logits(
         )
     read = None if sources is None else padded(model, adaptation, sources)
     tokens, lengths = padded(model, adaptation if read is None else None, rows)
-    check_positions(model, adaptation, tokens, read and read[0])
+    first = {"longest row": tokens.shape[1]} if read is None else {"longest source": read[0].shape[1]}
+    rows = {} if read is None else {"longest row": tokens.shape[1]}
+    positions.check(model, positions.taken(adaptation, model), first, rows)
     run = full_logits(model.hidden, model.unembed)
     with layouts.told_of(frozen):
         out = jax.device_get(run(frozen, adaptation, tokens, lengths, read))
@@ -190,14 +192,6 @@ def padded(model: Model, adaptation: Adaptation | None, rows: Sequence[Sequence[
     for b, row in enumerate(rows):
         tokens[b, : len(row)] = row
     return tokens, lengths
-
-
-def check_positions(model: Model, adaptation: Adaptation, tokens: np.ndarray, source: np.ndarray | None) -> None:
-    """Raises `UserError` for rows [B T], and sources [B S], that take more positions than the model knows."""
-    longest = fit.taken(adaptation, model) + (tokens if source is None else source).shape[1]
-    longest = longest if source is None else max(longest, tokens.shape[1])
-    if model.max_positions is not None and longest > model.max_positions:
-        raise UserError(f"the rows take {longest} positions; expected at most {model.max_positions}")
 
 
 def open_workdir(workdir: str) -> tuple[dict[str, Any], setup.Base, Params, Params, int]:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from prefix_tuning import fit, stacks
-from prefix_tuning.errors import UserError, valid
+from prefix_tuning import positions, stacks
+from prefix_tuning.errors import OptionError, UserError, valid
 from prefix_tuning.types import Adaptation, Cache, Model, Params
 
 NORMALISERS = ("generated", "full")
@@ -56,9 +56,9 @@ class DecodeConfig:
             ("banned", not set(self.banned) & set(self.end_tokens), "no end token; min_new_tokens delays those"),
         ):
             if not holds:
-                raise UserError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+                raise OptionError(f"{name} is {getattr(self, name)!r}; expected {expected}")
         if self.do_sample and self.num_beams > 1:
-            raise UserError(f"do_sample with num_beams {self.num_beams}; sampling needs num_beams=1")
+            raise OptionError(f"do_sample with num_beams {self.num_beams}; sampling needs num_beams=1")
         neutral = {field.name: field.default for field in dataclasses.fields(self)}
         for used, condition, names in (
             (self.num_beams > 1, "num_beams above 1", ("length_penalty", "normalise", "early_stopping")),
@@ -66,7 +66,7 @@ class DecodeConfig:
         ):
             idle = [name for name in names if getattr(self, name) != neutral[name]]
             if idle and not used:
-                raise UserError(f"{', '.join(idle)} would do nothing; expected {condition} beside it")
+                raise OptionError(f"{', '.join(idle)} would do nothing; expected {condition} beside it")
 
 
 def make_generate(model: Model, config: DecodeConfig) -> Callable[..., tuple[Array, Array]]:
@@ -365,18 +365,9 @@ def prefill(
     model: Model, config: DecodeConfig, params: Params, adaptation: Adaptation, tokens: Array, lengths: Array
 ) -> tuple[Array, Cache]:
     """Reads prompts [B T], without room to write yet; raises `UserError` if they leave too few positions for that."""
-    prefix = fit.taken(adaptation, model)
-    length, new = tokens.shape[1], config.max_new_tokens
-    apart = model.is_encoder_decoder
-    longest = max(prefix + length, new) if apart else prefix + length + new
-    if model.max_positions is not None and longest > model.max_positions:
-        sizes = f"virtual tokens {prefix} + source {length}, and max_new_tokens {new}, take"
-        if not apart:
-            sizes = f"prefix {prefix} + prompt {length} + max_new_tokens {new} ="
-        raise UserError(
-            f"{sizes} {longest} positions; expected at most {model.max_positions}, which is what the model knows"
-        )
-    return model.prefill(params, adaptation, tokens, lengths, int(apart))
+    longest = {"longest source": tokens.shape[1]}
+    positions.check(model, positions.taken(adaptation, model), longest, {"max_new_tokens": config.max_new_tokens})
+    return model.prefill(params, adaptation, tokens, lengths, int(model.is_encoder_decoder))
 
 
 def forbid(config: DecodeConfig, scores: Array, step: Array) -> Array:

@@ -12,6 +12,7 @@ from prefix_tuning.data import pipeline, tasks
 from prefix_tuning.decode import ready
 from prefix_tuning.errors import UserError
 from prefix_tuning.parallel import Layout
+from prefix_tuning.registry import options_of
 from prefix_tuning.setup import Base, Run, Split
 from prefix_tuning.stream import make_stream
 from prefix_tuning.types import Adaptation, Batch, Params
@@ -31,7 +32,8 @@ def make_writer(base: Base, batch_size: int, *, check: Callable = lambda: None) 
     Rows of a batch are spread over the devices, and where each host has the model, batches over hosts; all get all
     answers, and `check` must then be a meeting of all.  Raises `UserError` if batch_size does not divide evenly.
     """
-    base.layout.check_rows(batch_size, own=True)
+    with options_of("evaluation"):
+        base.layout.check_rows(batch_size, own=True)
     return make_chooser(base, batch_size, check) if base.task else make_generator(base, batch_size, check)
 
 
@@ -61,7 +63,7 @@ def make_generator(base: Base, batch_size: int, check: Callable) -> Write:
     longest = base.model.max_positions
     if longest is not None:
         written = 0 if base.model.is_encoder_decoder else base.decode.max_new_tokens
-        longest -= base.prefix_length + written
+        longest -= base.taken.read + written
 
     def write(params: Params, adaptation: Adaptation, prompts: Sequence[Sequence[int]], seed: int) -> list[str]:
         texts: dict[int, str] = {}

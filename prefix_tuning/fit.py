@@ -9,7 +9,7 @@ from jax import Array
 from prefix_tuning.attention import FEATURES
 from prefix_tuning.errors import UserError, valid
 from prefix_tuning.nn import ACTIVATIONS
-from prefix_tuning.types import KV, Adaptation, Adapter, Delta, LayerHooks, Memory, Model, Projection, Sites
+from prefix_tuning.types import KV, Adaptation, Adapter, Delta, LayerHooks, Memory, Projection, Sites
 
 
 def check(adaptation: Adaptation, sites: dict[str, Sites], rows: int) -> None:
@@ -128,14 +128,3 @@ def fits(name: str, x: Array, *shapes: tuple[int | str, ...]) -> None:
             return
     listed = " or ".join(f"[{' '.join(map(str, wanted))}]" for wanted in shapes)
     raise UserError(f"{name} has shape {x.shape}; expected {listed}")
-
-
-def taken(adaptation: Adaptation, model: Model) -> int:
-    """How many positions an adaptation takes from the tokens that are read first; its slots stand for its shift."""
-    if adaptation.shift is None:
-        return 0
-    prompt = 0 if adaptation.prompt is None else adaptation.prompt.shape[-2]
-    if model.is_encoder_decoder:
-        return prompt  # where prefixes move nothing
-    slots = [kv.k.shape[-3] for hooks in (adaptation.decoder, adaptation.encoder) for kv in (hooks.kv or {}).values()]
-    return max(slots, default=0) + prompt

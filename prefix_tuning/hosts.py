@@ -105,6 +105,8 @@ def start(hosts: str | None, environment: Mapping[str, str] = os.environ) -> Non
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what Gloo prints about its connections is no result
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX has taken it, and would only note it
+    if callable(signal.getsignal(signal.SIGINT)):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the others want to know: `leave`
     say_at_death(
         f"error: process {jax.process_index()} of {jax.process_count()} was killed, or ended by JAX because another one"
         f" is lost; {AGAIN}"

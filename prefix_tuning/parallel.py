@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from prefix_tuning import hosts
 from prefix_tuning.data.pipeline import WHOLE as ALL_ROWS
 from prefix_tuning.data.pipeline import Part
-from prefix_tuning.errors import UserError, valid
+from prefix_tuning.errors import OptionError, UserError, valid
 from prefix_tuning.registry import call
 from prefix_tuning.types import Batch, Params, Spec
 
@@ -76,13 +76,13 @@ def split_rows(array: Any) -> Any:
 
 
 def check_rows(rows: int, accumulate: int, devices: int) -> None:
-    """Raises `UserError` unless `rows` can be split evenly over micro-batches and devices."""
+    """Raises `OptionError` unless `rows` can be split evenly over micro-batches and devices."""
     several, local = jax.process_count(), jax.local_device_count()
     if hosts.count() != several:
         raise UserError(f"JAX runs in {several} processes that have not been joined; start all with --hosts=auto")
     if accumulate < 1 or rows < 1 or rows % (accumulate * devices):
-        raise UserError(
-            f"a batch of {rows} rows cannot be split over {accumulate} micro-batches and {devices} devices"
+        raise OptionError(
+            f"batch_size: a batch of {rows} rows cannot be split over {accumulate} micro-batches and {devices} devices"
             + (f" ({several} processes of {local})" if devices > local else "")
             + f"; expected a multiple of {max(accumulate, 1) * devices}"
         )
@@ -124,7 +124,7 @@ class Replicated:
         return NamedSharding(mesh(), WHOLE)
 
     def check_rows(self, rows: int, accumulate: int = 1, *, own: bool = False) -> None:
-        """Raises `UserError` unless `rows` can be split evenly over micro-batches and the devices of all processes.
+        """Raises `OptionError` unless `rows` can be split evenly over micro-batches and the devices of all processes.
 
         Over this process's alone where batches are its `own`.
         """
@@ -170,6 +170,10 @@ class Replicated:
     def read(self, rows: Any) -> Any:
         """A tree of rows that `each` gave as arrays [B ...] on the host."""
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(rows))
+
+    def by_run(self, runs: int) -> bool:
+        """Whether so many runs that train in one step are spread over a host's devices, or else their rows."""
+        return runs % jax.local_device_count() == 0
 
     def held(self, tree: Any) -> int:
         """The bytes of a tree, of arrays or shapes, on each device."""
@@ -275,6 +279,11 @@ class Sharded:
                 return function(*arguments)
 
         return traced
+
+    def by_run(self, runs: int) -> bool:
+        """As for `Replicated`."""
+        del runs
+        return False
 
     def held(self, tree: Any) -> int:
         """As for `Replicated`."""

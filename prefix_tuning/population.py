@@ -191,7 +191,7 @@ class Population:
         self.sharded = isinstance(self.layout, parallel.Sharded)
         self.mesh = self.layout.mesh if self.sharded else parallel.everywhere()
         local = self.mesh.shape[parallel.AXIS]
-        by_member = not self.sharded and len(configs) % local == 0
+        by_member = self.layout.by_run(len(configs))
         # Mesh axes that runs are spread over, and those of a batch [parts A B/A ...], or [A B/A ...] without parts.
         self.over_runs = parallel.AXIS if by_member else None
         self.parts = () if self.sharded else (1 if by_member else local,)  # of a host's share of a batch

@@ -2,10 +2,12 @@
 
 import collections
 import math
+import os
 import resource
 import signal
 import statistics
 import sys
+import threading
 import time
 from typing import Any
 
@@ -26,23 +28,51 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Notes the first SIGTERM or Ctrl-C for `check` to raise, on all hosts at once; a second one kills as usual."""
+    """Notes the first SIGTERM or Ctrl-C for `check` to raise, on all hosts at once; a second one ends the process.
+
+    A thread hears them, since Python calls a handler when the main thread is done with what it computes, compiling say;
+    and the process ends without an exception, which is lost if the handler raises it in a callback of JAX's.  What was
+    saved is whole: every file is renamed to its name when it is.
+    """
 
     def __enter__(self) -> "Stop":
         self.number = None
         self.known = None  # the largest number that any host had when `check` was called last
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
         self.usual = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.woken = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        self.thread = threading.Thread(target=self.listen, daemon=True)
+        self.thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
+        signal.set_wakeup_fd(self.woken)
         for number, handler in self.usual.items():
             signal.signal(number, handler)
+        os.close(self.writer)
+        self.thread.join()
+        os.close(self.reader)
 
     def note(self, number: int, _: Any) -> None:
-        """The signal handler."""
-        self.number = number
-        self.__exit__()
-        say(f"{signal.Signals(number).name}: saving, then stopping (once more to stop at once)")
+        """The signal handler: what has come is known when the main thread asks, whatever the other one does."""
+        self.number = self.number or number
+
+    def listen(self) -> None:
+        """Hears every signal at once."""
+        heard = 0
+        while byte := os.read(self.reader, 1):
+            number = byte[0]
+            if number not in self.usual:
+                continue
+            heard += 1
+            name = signal.Signals(number).name
+            if heard == 1:
+                say(f"{name}: saving, then stopping (once more to stop at once)")
+            else:
+                hosts.say_at_death("")
+                os.write(2, f"{name}: stopped at once; the same command goes on from what was saved\n".encode())
+                os._exit(128 + number)
 
     def check(self) -> None:
         """Raises `Interrupted` if a signal has come.

@@ -76,7 +76,7 @@ def start_from(config: dict[str, Any], begin: Callable[[setup.Base], Begin], wor
     base = setup.make_base(config)
     make = begin(base)
     run = setup.make_run(config, base)
-    base.layout.check_rows(run.train.batch_size, run.train.accumulate)
+    setup.check_rows(base, run)
     check_config(workdir, config, setup.usual(config))
     place = Path(workdir) / "checkpoints"
     if place.is_dir() and any(place.iterdir()):

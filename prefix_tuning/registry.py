@@ -1,10 +1,17 @@
 """Factories by name: a factory's keyword arguments are the schema of the config section that calls it."""
 
+import contextlib
 import inspect
-from collections.abc import Callable
+import numbers
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from prefix_tuning.errors import UserError, valid
+from prefix_tuning.errors import OptionError, UserError, valid
+
+SEQUENCES = (tuple, Sequence)
+NUMBERS = {int: numbers.Integral, float: numbers.Real}
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", types.NoneType: "None"}
 
 
 def named(section: str, registry: dict[str, Callable], options: dict[str, Any], *arguments: Any) -> Any:
@@ -22,7 +29,17 @@ def defaults(factory: Callable) -> dict[str, Any]:
 
 def call(section: str, factory: Callable, options: dict[str, Any], *arguments: Any) -> Any:
     """factory(*arguments, **options), whose signature is the section's schema; raises `UserError` naming valid keys."""
-    return checked(f"config section {section}", factory, options, *arguments)
+    with options_of(section):
+        return checked(f"config section {section}", factory, options, *arguments)
+
+
+@contextlib.contextmanager
+def options_of(section: str) -> Iterator[None]:
+    """Within it an `OptionError` is about this section, which its message then names as the command line does."""
+    try:
+        yield
+    except OptionError as error:
+        raise UserError(f"{section}.{error}") from error
 
 
 def checked(where: str, factory: Callable, options: dict[str, Any], *arguments: Any) -> Any:
@@ -34,7 +51,28 @@ def checked(where: str, factory: Callable, options: dict[str, Any], *arguments: 
     lacking = [p.name for p in parameters if p.default is p.empty and p.name not in options]
     if lacking:
         raise UserError(f"{where} lacks {', '.join(lacking)}")
-    try:
-        return factory(*arguments, **options)
-    except TypeError as error:  # a text where a number belongs
-        raise UserError(f"{where}: {error}") from error
+    for p in parameters:
+        if p.name in options and not fits(options[p.name], p.annotation):
+            raise OptionError(f"{p.name} is {options[p.name]!r}; expected {in_words(p.annotation)}")
+    return factory(*arguments, **options)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the kind that an annotation says; numbers may be NumPy's, and a list is a tuple in JSON."""
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, one) for one in kind.__args__)
+    if isinstance(kind, types.GenericAlias) and kind.__origin__ in SEQUENCES:
+        return isinstance(value, list | tuple) and all(fits(one, kind.__args__[0]) for one in value)
+    if kind in NUMBERS:
+        return isinstance(value, NUMBERS[kind]) and not isinstance(value, bool)
+    kind = getattr(kind, "__origin__", kind)
+    return not isinstance(kind, type) or kind is inspect.Parameter.empty or isinstance(value, kind)
+
+
+def in_words(kind: Any) -> str:
+    """What an annotation says, in words."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(in_words(one) for one in kind.__args__ if one in KINDS or not isinstance(one, type))
+    if isinstance(kind, types.GenericAlias) and kind.__origin__ in SEQUENCES:
+        return f"a tuple of {in_words(kind.__args__[0]).removeprefix('a ')}s"
+    return KINDS.get(kind, "options by their names")

@@ -1,5 +1,6 @@
 """Config -> everything a run needs: the only place that looks names up, before an accelerator is touched."""
 
+import json
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,17 +11,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prefix_tuning import data, fit, parallel
+from prefix_tuning import data, fit, parallel, positions
 from prefix_tuning.data import pipeline, tasks
 from prefix_tuning.decode import DecodeConfig
-from prefix_tuning.errors import UserError, valid
+from prefix_tuning.errors import UserError, at_least_one, valid
 from prefix_tuning.heads import with_head
 from prefix_tuning.methods import METHODS
 from prefix_tuning.metrics import METRICS
 from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.optimizer import make_optimizer
-from prefix_tuning.registry import call, defaults, named
+from prefix_tuning.registry import call, defaults, fits, in_words, named, options_of
 from prefix_tuning.types import Adaptation, Compute, Method, Model, Objective, Params, TrainState, count, joined
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +80,7 @@ class Base(NamedTuple):
     task: tasks.Task | None  # None: answers are generated
     text: dict[str, Any]  # how examples are tokenised, the method's template filled in
     decode: DecodeConfig | None
-    prefix_length: int  # positions that the method takes from real tokens
+    taken: positions.Taken  # positions that the method takes from real tokens
     layout: parallel.Layout  # where arrays lie
 
 
@@ -105,11 +106,7 @@ class Run(NamedTuple):
 
 def make_base(config: dict[str, Any]) -> Base:
     """Model, tokenizer, method and decoder, without the weights; raises `UserError` for anything that cannot work."""
-    unknown = [key for key in config if key not in SECTIONS]
-    missing = [key for key in SECTIONS if key not in (*config, *OPTIONAL)]
-    if unknown or missing:
-        told = [f"{what} {', '.join(keys)}" for what, keys in (("unknown:", unknown), ("lacking:", missing)) if keys]
-        raise UserError(f"config sections {' and '.join(told)}; expected {', '.join(SECTIONS)}")
+    check_sections(config)
     for key in config["model"]:
         valid("key in config section model:", key, ("name", *MODEL))
     valid("model.dtype", config["model"].get("dtype", MODEL["dtype"]), loading.DTYPES)
@@ -165,7 +162,7 @@ def make_base(config: dict[str, Any]) -> Base:
         task=task,
         text=make_text(config["text"], method, model),
         decode=None if task else make_decode(config["decode"], tokenizer, folder),
-        prefix_length=fit.taken(abstract_adaptation(method, model), model),
+        taken=positions.taken(abstract_adaptation(method, model), model),
         layout=parallel.make(model.specs, config.get("parallel", "replicated"), config.get("mesh")),
     )
 
@@ -183,6 +180,40 @@ def check_cudnn(dtype: str, model: Model) -> None:
         needs = f"heads of a multiple of 8 numbers, 128 at most, and they have {', '.join(map(str, sorted(sizes)))}"
     if needs:
         raise UserError(f"model.attention='cudnn' needs {needs}; expected 'plain'")
+
+
+def check_sections(config: dict[str, Any]) -> None:
+    """Raises `UserError` for sections that a config lacks, or that nobody reads."""
+    unknown = [key for key in config if key not in SECTIONS]
+    missing = [key for key in SECTIONS if key not in (*config, *OPTIONAL)]
+    if unknown or missing:
+        told = [f"{what} {', '.join(keys)}" for what, keys in (("unknown:", unknown), ("lacking:", missing)) if keys]
+        raise UserError(f"config sections {' and '.join(told)}; expected {', '.join(SECTIONS)}")
+    for section, key in (("model", "name"), ("dataset", "path")):
+        if not isinstance(config[section].get(key), str):
+            raise UserError(f"{section}.{key} is {config[section].get(key)!r}; expected a text")
+
+
+def check_inputs(configs: dict[str, dict[str, Any]]) -> None:
+    """Raises `UserError`, naming the first run that needs it, for a model or a data set that cannot be read.
+
+    Each is read once, however many runs share it, and no weights; the process that starts runs must leave accelerators
+    to them, so that none is touched.
+    """
+    read: set[str] = set()
+    for name, config in configs.items():
+        try:
+            check_sections(config)
+            if (key := config["model"]["name"]) not in read:
+                read.add(key)
+                loading.read_config(loading.find_folder(resolve(key)))
+            splits = call("evaluation", Evaluation, config["evaluation"])
+            for split in ("train", splits.split, splits.final_split):
+                if (key := json.dumps([config["dataset"], split])) not in read:
+                    read.add(key)
+                    load_split(config, split)
+        except UserError as error:
+            raise UserError(f"run {name!r}: {error}") from error
 
 
 def check_int8(name: str, method: Method, model: Model) -> None:
@@ -251,14 +282,24 @@ def read_weights(base: Base, config: dict[str, Any]) -> Params:
     )
 
 
-def check_memory(base: Base, config: dict[str, Any], run: Run | None = None) -> None:
-    """Raises `UserError` for weights and, with a run, its state that are more than a device's memory."""
+def check_memory(base: Base, config: dict[str, Any], run: Run | None = None, together: int = 1) -> None:
+    """Raises `UserError` for weights and, with a run, its state that are more than a device's memory.
+
+    So many runs that train `together`, none with more parameters than this one, share the weights alone.
+    """
     section = MODEL | config["model"]
+    weights = loading.abstract(base.model, section["dtype"], section["weights"])
     frozen = abstract_frozen(base.method, base.model, section["dtype"], section["weights"])
     trainable = abstract_trainable(base.method, base.model)
-    parts = {"weights": frozen, "trained parameters": trainable}
+    own = {"what the method keeps": {name: x for name, x in frozen.items() if name not in weights}}
+    own["trained parameters"] = trainable
     if run is not None:
-        parts["optimizer state"] = jax.eval_shape(run.tx.init, trainable)
+        own["optimizer state"] = jax.eval_shape(run.tx.init, trainable)
+    if together > 1:
+        each = together // jax.local_device_count() if base.layout.by_run(together) else together
+        stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((each, *x.shape), x.dtype), own)
+        own = {f"{name} of {each} of {together} runs": tree for name, tree in stacked.items()}
+    parts = {"weights": weights} | {name: tree for name, tree in own.items() if jax.tree.leaves(tree)}
     parallel.check_memory(base.layout, base.model.specs, parts, parallel.memory_limit())
 
 
@@ -278,6 +319,11 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
     """Data and optimizer; raises `UserError` for anything that cannot work, lengths included."""
     train = call("train", Train, config["train"])
     evaluation = call("evaluation", Evaluation, config["evaluation"])
+    with options_of("train"):
+        counts = ("examples", "accumulate", "log_every", "checkpoint_every", "keep")
+        at_least_one(**{name: getattr(train, name) for name in counts})
+    with options_of("evaluation"):
+        at_least_one(batch_size=evaluation.batch_size, examples=evaluation.examples, pairs=evaluation.pairs)
     for name in evaluation.metrics:
         valid("metric", name, METRICS)
     if train.draw is not None and train.examples is None:
@@ -293,7 +339,7 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
     check_lengths("train", base, examples)
     options = {"batch_size": train.batch_size, "epochs": train.epochs, "seed": config["seed"], "packing": train.packing}
     options |= {"shapes": train.shapes, "prefetch": train.prefetch, "part": base.layout.part(train.accumulate)}
-    stream = said(pipeline.train_data, examples, **options)
+    stream = call("train", pipeline.train_data, options, examples)
     tx, schedule = call("optimizer", make_optimizer, config["optimizer"], stream.total_steps)
     if evaluation.pairs is not None and base.task is not None:
         raise UserError(
@@ -305,6 +351,14 @@ def make_run(config: dict[str, Any], base: Base) -> Run:
     if evaluation.final_split != evaluation.split:
         final = make_split(config, base, evaluation.final_split, evaluation)
     return Run(train, evaluation, tx, schedule, stream, split, final)
+
+
+def check_rows(base: Base, run: Run) -> None:
+    """Raises `UserError` unless every batch can be split over the devices."""
+    with options_of("train"):
+        base.layout.check_rows(run.train.batch_size, run.train.accumulate)
+    with options_of("evaluation"):
+        base.layout.check_rows(run.evaluation.batch_size)
 
 
 def make_split(config: dict[str, Any], base: Base, name: str, evaluation: Evaluation) -> Split:
@@ -326,6 +380,9 @@ def make_split(config: dict[str, Any], base: Base, name: str, evaluation: Evalua
 
 def encode(base: Base, pairs: datasets.Dataset) -> list[pipeline.Tokens] | list[pipeline.Example]:
     """Rows of a data set as examples to train on."""
+    for name in ("prompt", "completion"):
+        if name in base.text:
+            pipeline.check_fields(f"text.{name}", base.text[name], pairs.column_names)
     if base.task is None:
         options = base.text | {"start": base.model.start}
         return said(call, "text", pipeline.encode, options, pairs, base.tokenizer)
@@ -348,13 +405,9 @@ def make_prompts(
     if isinstance(records, list):
         records = datasets.Dataset.from_list([{"source": row["source"]} for row in records])
     options = {name: base.text[name] for name in ("prompt", "max_source", "virtual")}
-    prompts = said(pipeline.encode_prompts, records, base.tokenizer, **options)
+    prompts = call("text", pipeline.encode_prompts, options, records, base.tokenizer)
     longest, new = max(map(len, prompts)), base.decode.max_new_tokens
-    if base.model.is_encoder_decoder:
-        check_positions(base, longest, f"longest source of the {name} split")
-        check_positions(base, new, "decode.max_new_tokens", prefix=0)
-    else:
-        check_positions(base, longest + new, f"longest source of the {name} split and decode.max_new_tokens")
+    check_positions(base, {f"longest source of the {name} split": longest}, {"decode.max_new_tokens": new})
     return prompts
 
 
@@ -371,8 +424,10 @@ def make_decode(section: dict[str, Any], tokenizer: Any, folder: Path) -> Decode
         raise UserError(f"{folder} has no tokenizer with an end token (eos_token); text cannot be written without")
     refuse("decode", section, ("end_tokens", "pad_token"), "the tokenizer's")
     options = dict(section)
-    banned = []
-    for text in options.pop("banned", ()):
+    banned, texts = [], options.pop("banned", ())
+    if not fits(texts, tuple[str, ...]):
+        raise UserError(f"decode.banned is {texts!r}; expected {in_words(tuple[str, ...])}")
+    for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise UserError(f"decode.banned: {text!r} is {len(ids)} tokens; expected texts of one token")
@@ -414,21 +469,18 @@ def check_lengths(split: str, base: Base, examples: list[pipeline.Tokens] | list
     """Raises `UserError` if what is read or written does not fit the model's positions."""
     longest = pipeline.longest(examples)
     if base.model.is_encoder_decoder:
-        check_positions(base, longest, f"longest source of the {split} split")
-        written = max(len(example.read) for example in examples)
-        check_positions(base, written, f"longest target of the {split} split", prefix=0)
+        written = {f"longest target of the {split} split": max(len(example.read) for example in examples)}
+        check_positions(base, {f"longest source of the {split} split": longest}, written)
     else:
-        check_positions(base, longest, f"longest source and target of the {split} split")
+        check_positions(base, {f"longest source and target of the {split} split": longest}, {})
 
 
-def check_positions(base: Base, length: int, what: str, *, prefix: int | None = None) -> None:
-    """Raises `UserError` if so many positions, behind those that the method takes, are more than the model has."""
-    prefix, limit = base.prefix_length if prefix is None else prefix, base.model.max_positions
-    if limit is not None and prefix + length > limit:
-        raise UserError(
-            f"prefix ({prefix}) + {what} ({length}) = {prefix + length} positions, but the model has {limit}; shorten "
-            "method.length, text.max_source, text.max_target or decode.max_new_tokens"
-        )
+def check_positions(base: Base, read: dict[str, int], written: dict[str, int]) -> None:
+    """Raises `UserError` if lengths, and what the method takes, are more positions than the model has."""
+    options = "method.length, text.max_source, text.max_target or decode.max_new_tokens"
+    if base.task is not None:
+        options = "method.length or text.max_length"
+    positions.check(base.model, base.taken, read, written, f"shorten {options}")
 
 
 def parameter_counts(method: Method, model: Model) -> dict[str, int]:

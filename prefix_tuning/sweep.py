@@ -135,7 +135,9 @@ def run_all(
     names = [one.name for one in planned]
     together = [[name] for name in names] if together is None else together
     left = [[name for name in group if not finished(root / name)] for group in together]
-    usual = signal.signal(signal.SIGTERM, terminated)
+    usual = {signal.SIGTERM: signal.signal(signal.SIGTERM, terminated)}
+    if callable(signal.getsignal(signal.SIGINT)):
+        usual[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def look_at_all(alive: dict[str, Alive]) -> tuple[dict[str, State], str]:
         everyone = {name: state for job, state in alive.items() for name in group_of(job, together)}
@@ -163,7 +165,8 @@ def run_all(
             say(said)
         raise
     finally:
-        signal.signal(signal.SIGTERM, usual)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
     if missing:
         raise UserError(
             f"{len(missing)} of {len(names)} runs failed or were stopped: {', '.join(missing)}; see log.txt in their "

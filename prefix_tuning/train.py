@@ -110,8 +110,7 @@ def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | P
             f"train.population={settings.population} is how many runs of a sweep train at once; expected 1 in a run of "
             "its own, or 'run.py sweep', or 'run.py train --runs=NAME,NAME'"
         )
-    bases[0].layout.check_rows(settings.batch_size, settings.accumulate)
-    bases[0].layout.check_rows(evaluation.batch_size)
+    setup.check_rows(bases[0], runs[0])
     check_selection(runs[0])
     if len(configs) > 1:
         population.check(configs, bases, runs)
@@ -126,7 +125,8 @@ def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | P
     if not left:
         return list(summaries.values())
     alone = len(left) == 1
-    setup.check_memory(bases[0], configs[0], runs[0])
+    largest = max(left, key=lambda i: setup.parameter_counts(bases[i].method, bases[i].model)["trained"])
+    setup.check_memory(bases[largest], configs[largest], runs[largest], len(left))
     weights = setup.read_weights(bases[0], configs[0])
     members = []
     for i in left:

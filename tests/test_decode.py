@@ -599,7 +599,8 @@ def test_too_few_positions_raise(twins):
     beside = jax.eval_shape(decode.make_generate(twin.model, options(max_new_tokens=28)), *arguments)
     assert beside[0].shape == (1, 28)
     with pytest.raises(
-        UserError, match=r"prefix 5 \+ prompt 7 \+ max_new_tokens 29 = 41 positions; expected at most 40"
+        UserError,
+        match=r"prefix or prompt \(5\) \+ longest source \(7\) \+ max_new_tokens \(29\) = 41 positions.* has 40",
     ):
         decode.make_generate(twin.model, options(max_new_tokens=29))(*arguments)
     unshifted = (twin.params, adapted(prefix).replace(shift=None), *padded([[1]]))

@@ -10,7 +10,7 @@ import transformers
 from conftest import ENCODERS, P, T, V, close, letters, packed, random_rows, three_steps
 
 import prefix_tuning
-from prefix_tuning import fit, heads, models, parallel, setup
+from prefix_tuning import heads, models, parallel, positions, setup
 from prefix_tuning.data import pipeline
 from prefix_tuning.errors import UserError
 from prefix_tuning.methods import METHODS
@@ -211,4 +211,4 @@ def test_a_prompt_takes_one_text_a_row(twin):
     model = twin("bert").model
     assert setup.one_text_a_row(METHODS["prompt"](None, length=P), model)
     assert not setup.one_text_a_row(METHODS["prefix"](None, length=P), model)
-    assert fit.taken(setup.abstract_adaptation(METHODS["prefix"](None, length=P), model), model) == P
+    assert positions.taken(setup.abstract_adaptation(METHODS["prefix"](None, length=P), model), model).read == P

@@ -16,6 +16,7 @@ LEVELS = (
     ("nn", "caching"),
     ("attention",),
     ("fit",),
+    ("positions",),
     ("models", "methods", "objectives", "data", "metrics"),
     ("train_step", "parallel", "decode", "checkpoint", "record", "interop", "optimizer", "heads", "state"),
     ("setup", "stream", "progress", "launch"),
@@ -30,7 +31,7 @@ LEVELS = (
 HEIGHT = {name: level for level, names in enumerate(LEVELS) for name in names}
 WITHOUT_JAX = ("data", "metrics")
 THEIRS = ("jax", "jaxlib", "flax", "optax", "orbax")
-OURS = ("types", "sharding", "stacks", "nn", "caching", "attention", "fit")  # that need them
+OURS = ("types", "sharding", "stacks", "nn", "caching", "attention", "fit", "positions")  # that need them
 
 
 def part(module):

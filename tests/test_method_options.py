@@ -426,7 +426,7 @@ def test_two_that_change_one_thing_cannot_be_joined(twin):
         ("lora", {"rank": 2, "alpha": 0.0}, "method.alpha must be above 0"),
         ("lora", {"rank": 2, "dropout": 1.0}, "method.dropout must be in"),
         ("lora", {"rank": 2, "target_modules": ()}, "must be a tuple of at least one name"),
-        ("lora", {"rank": 2, "target_modules": "q"}, "must be a tuple of at least one name"),
+        ("lora", {"rank": 2, "target_modules": "q"}, "^method.target_modules is .q.; expected a tuple of texts"),
         ("adapter", {"bottleneck": 0}, "method.bottleneck must be at least 1"),
         ("adapter", {"bottleneck": 2, "form": "serial"}, "unknown form 'serial'; valid: houlsby, lin, parallel"),
         ("adapter", {"bottleneck": 2, "activation": "tanh"}, "unknown activation 'tanh'; valid: gelu"),

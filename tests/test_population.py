@@ -9,7 +9,8 @@ import pytest
 import safetensors.numpy
 
 import run
-from prefix_tuning import population, setup
+from prefix_tuning import parallel, population, setup
+from prefix_tuning import train as loop
 from prefix_tuning.errors import UserError
 from prefix_tuning.files import read_lines
 from prefix_tuning.progress import Interrupted, Stop
@@ -80,6 +81,25 @@ def eight(weights):
         config["optimizer"]["learning_rate"] *= 1 + number
     runs = made(configs)
     return *runs, population.Population(*runs, weights)
+
+
+@pytest.mark.parametrize(("layout", "count", "held"), [("replicated", 8, 1), ("replicated", 3, 3), ("sharded", 8, 8)])
+def test_what_every_run_trains_counts_against_a_devices_memory(monkeypatch, tmp_path, layout, count, held):
+    """The largest prefix as often as a device holds it: of 8 runs on 8 devices each has one, of 3 all have rows."""
+    configs = prefixes(*range(100, 100 + count), parallel=layout)
+    base = setup.make_base(configs[-1])
+    state = 3 * 4 * setup.parameter_counts(base.method, base.model)["trained"]  # and two moments of AdamW
+    weights = base.layout.held(setup.abstract_frozen(base.method, base.model))
+    monkeypatch.setattr(parallel, "memory_limit", lambda: weights + held * state)  # less AdamW's count
+    with pytest.raises(
+        UserError, match=f"trained parameters of {held} of {count} runs .* on each device, which can hold"
+    ):
+        loop.train_together(configs, [tmp_path / str(n) for n in range(count)])
+    monkeypatch.setattr(parallel, "memory_limit", lambda: weights + held * (state + 100))
+    monkeypatch.setattr(setup, "read_weights", lambda *_: pytest.fail("it fits"))
+    with pytest.raises(pytest.fail.Exception, match="it fits"):
+        loop.train_together(configs, [tmp_path / str(n) for n in range(count)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_seeds_and_starts_on_batches_of_their_own(weights):

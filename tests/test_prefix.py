@@ -7,7 +7,7 @@ import pytest
 from conftest import K, L, P, close, letters, random_rows
 
 import prefix_tuning
-from prefix_tuning import fit, models, setup
+from prefix_tuning import models, positions, setup
 from prefix_tuning.errors import UserError
 from prefix_tuning.methods import METHODS, prefix, rows
 from prefix_tuning.registry import named
@@ -184,7 +184,7 @@ def test_parameter_counts_are_the_papers(size, length, stored, trained):
         }
         adaptation = setup.abstract_adaptation(method, model)
         assert isinstance(adaptation, Adaptation)
-        assert fit.taken(adaptation, model) == length
+        assert positions.taken(adaptation, model).read == length
 
 
 # --- Options that cannot work

@@ -227,6 +227,50 @@ def test_stopped_and_resumed_equals_uninterrupted(folder, finished, tmp_path, mo
     assert results(tmp_path / "w") == results(finished[0])
 
 
+BUSY = """
+import hashlib, sys
+from prefix_tuning.progress import Stop
+with Stop():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # no handler of Python's is called before it returns
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_run_at_once_whatever_it_computes(first):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", BUSY], cwd=ROOT, **pipes) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(first)
+            assert process.stderr.readline() == f"{first.name}: saving, then stopping (once more to stop at once)\n"
+            process.send_signal(signal.SIGINT)
+            told = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()  # it would compute for an hour
+    assert told == "SIGINT: stopped at once; the same command goes on from what was saved\n"
+    assert process.returncode == 130
+
+
+LOST = """
+import os, signal
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+Last()
+"""
+
+
+def test_ctrl_c_while_starting_is_not_lost(tmp_path):
+    """Python prints and forgets what a handler raises in a destructor or a weak reference's callback."""
+    (tmp_path / "config.py").write_text(LOST)
+    command = [sys.executable, run.__file__, "train", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/w"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
+
+
 def test_a_crash_between_checkpoints_loses_nothing(folder, finished, tmp_path, monkeypatch):
     read = loop.Meter.read
 
@@ -277,17 +321,41 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
     ("overrides", "message"),
     [
         ({"method__length": 0}, "method.length must be at least 1, got 0"),
-        ({"method__length": 40}, r"prefix \(40\) \+ longest source and target .* but the model has 48"),
+        ({"method__length": 40}, r"prefix or prompt \(40\) \+ longest source and target .* but the model has 48"),
         ({"decode__max_new_tokens": 45}, "but the model has 48"),
         ({"text__prompt": "{sauce}"}, "unknown field 'sauce'; valid: source, target"),
-        ({"train__batch_size": 12}, "12 rows cannot be split over 1 micro-batches and 8 devices"),
+        (
+            {"text__prompt": "hi{eos}"},
+            r"text.prompt: the template 'hi\{eos\}' is the same .* in it: \{source\}, \{target",
+        ),
+        ({"text__completion": "hi"}, r"text.completion: the template 'hi' is the same for every row; expected a field"),
+        (
+            {"train__batch_size": 12},
+            "^train.batch_size: a batch of 12 rows .* over 1 micro-batches and 8 devices",
+        ),
+        ({"evaluation__batch_size": 12}, "^evaluation.batch_size: a batch of 12 rows cannot be split"),
+        ({"train__batch_size": 0}, "^train.batch_size is 0; expected at least 1$"),
+        ({"train__epochs": 0}, "^train.epochs is 0; expected at least 1$"),
+        ({"train__log_every": 0}, "^train.log_every is 0; expected at least 1$"),
+        ({"train__checkpoint_every": 0}, "^train.checkpoint_every is 0; expected at least 1$"),
+        ({"train__keep": 0}, "^train.keep is 0; expected at least 1$"),
+        ({"evaluation__examples": 0}, "^evaluation.examples is 0; expected at least 1$"),
+        ({"text__max_source": 0}, "^text.max_source is 0; expected at least 1$"),
+        ({"text__max_target": 0}, "^text.max_target is 0; expected at least 1$"),
+        ({"train__draw": "ten"}, "^train.draw is 'ten'; expected a whole number or None$"),
+        ({"decode__early_stopping": 1}, "^decode.early_stopping is 1; expected True or False$"),
+        ({"method__scale": "big"}, "^method.scale is 'big'; expected a number or None$"),
+        ({"method__layers": (0, 1.5)}, r"^method.layers is \(0, 1.5\); expected a tuple of whole numbers or None$"),
+        ({"train__population": True}, "^train.population is True; expected a whole number$"),
+        ({"decode__length_penalty": "high"}, "^decode.length_penalty is 'high'; expected a number$"),
+        ({"decode__banned": "a"}, "^decode.banned is 'a'; expected a tuple of texts$"),
         ({"train__examples": 31}, "cannot draw 31 rows of 30"),
         ({"evaluation__metrics": ("blue",)}, "unknown metric 'blue'; valid: .*bleu"),
         ({"model__name": "/nowhere"}, "'/nowhere' is no folder"),
         ({"dataset__path": "/nowhere"}, "/nowhere"),
         ({"optimizer__warmup_steps": 12}, "warmup_steps=12 .* below the 12 steps"),
         ({"objective__normalisation": "word"}, "unknown objective.normalisation 'word'; valid: sequence, token"),
-        ({"decode__num_beams": 0}, "num_beams"),
+        ({"decode__num_beams": 0}, "^decode.num_beams is 0; expected at least 1$"),
         ({"model__dtype": "float8"}, "unknown model.dtype 'float8'; valid: bfloat16"),
         (
             {"model__wieghts": "int8"},
@@ -323,6 +391,22 @@ def test_sections_that_are_not_there_are_named(folder):
     ):
         with pytest.raises(UserError, match=f"^config sections {told}"):
             setup.make_base(changed)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("method.length=ten", "config.method.length is 'ten'; expected a whole number"),
+        ("train.examples=a few", "config.train.examples is 'a few'; expected a whole number"),
+        ("optimizer.learning_rate=1e-2e", "config.optimizer.learning_rate is '1e-2e'; expected a number"),
+        ("train.packing=maybe", "config.train.packing is 'maybe'; expected True or False"),
+        ("method=lora", "config.method is a section; expected one of its options, --config.method.dropout=... say"),
+    ],
+)
+def test_a_value_that_is_not_of_its_options_type(capsys, tmp_path, option, message):
+    command = ["train", "--config=configs/quickstart.py", f"--config.{option}", f"--workdir={tmp_path}/w"]
+    assert run.main(command) == 1
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_an_option_that_the_config_leaves_out_can_be_given():

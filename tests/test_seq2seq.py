@@ -17,7 +17,7 @@ from conftest import SEQ2SEQ, P, V, batch_logits, close, letters, three_steps
 
 import prefix_tuning
 import run
-from prefix_tuning import attention, decode, fit, models, parallel, setup
+from prefix_tuning import attention, decode, fit, models, parallel, positions, setup
 from prefix_tuning.data import pipeline
 from prefix_tuning.errors import UserError
 from prefix_tuning.interop import merged
@@ -482,10 +482,35 @@ def test_what_an_encoder_decoder_refuses(twin, tmp_path):
         with pytest.raises(UserError, match=message):
             models.build({"model_type": family, "decoder_start_token_id": 2, **SEQ2SEQ[family], **entry})
     long, prompt = [[3] * 30], Adaptation(prompt=jnp.ones((P, 10)), shift=jnp.int32(P))
-    with pytest.raises(UserError, match="virtual tokens 5 \\+ source 30, and max_new_tokens 4, take 35 positions"):
+    with pytest.raises(
+        UserError, match=r"prefix or prompt \(5\) \+ longest source \(30\) = 35 positions, but the model has 32"
+    ):
         prefix_tuning.generate(model, frozen, prompt, long, max_new_tokens=4)
     assert prefix_tuning.generate(model, frozen, prefix, long, max_new_tokens=4)  # a prefix takes no positions
-    assert fit.taken(setup.abstract_adaptation(METHODS["prefix"](None, length=P), model), model) == 0
+    assert positions.taken(setup.abstract_adaptation(METHODS["prefix"](None, length=P), model), model).read == 0
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_slots_with_positions_count_among_the_decoders(twin, family):
+    """As PEFT's have them; an index beyond a table of positions would read its last row. T5 has no table."""
+    _, _, model, frozen = twin(family)
+    kv = jnp.ones((2, P, *model.sites["decoder"].kv["self"]))
+    placed = Adaptation(LayerHooks(kv={"self": KV(kv, kv, placed=True)}))
+    row, sources = [[3] * 28], [[3] * 32]  # of 32 positions, where there are so many
+    calls = {
+        "longest row": lambda adaptation: prefix_tuning.logits(model, frozen, adaptation, row, sources=sources),
+        "max_new_tokens": lambda adaptation: prefix_tuning.generate(
+            model, frozen, adaptation, sources, max_new_tokens=28, end_tokens=()
+        ),
+    }
+    for name, call in calls.items():
+        assert len(call(None)[0]) == 28
+        if family == "t5":
+            assert len(call(placed)[0]) == 28
+            continue
+        message = rf"^prefix of the decoder \(5\) \+ {name} \(28\) = 33 positions, but the model has 32"
+        with pytest.raises(UserError, match=message):
+            call(placed)
 
 
 # --- Whole runs
@@ -593,10 +618,14 @@ def test_a_prefix_is_inspected_at_each_attention(folder, capsys):
 @pytest.mark.parametrize("folder", ["bart"], indirect=True)
 def test_configs_that_cannot_work(folder, capsys):
     for method, options, message in (
-        ("prefix", ["text.prompt={source}" + " a" * 20], "prefix (0) + longest source of the train split"),
-        ("prompt", ["method.length=20"], "prefix (20) + longest source of the train split"),
-        ("prefix", ["text.completion={target}" + " a" * 30], "prefix (0) + longest target of the train split"),
-        ("prefix", ["decode.max_new_tokens=30"], "prefix (0) + decode.max_new_tokens (30) = 30 positions"),
+        ("prefix", ["text.prompt={source}" + " a" * 20], "longest source of the train split ("),
+        ("prompt", ["method.length=20"], "prefix or prompt (20) + longest source of the train split"),
+        ("prefix", ["text.completion={target}" + " a" * 30], "longest target of the train split ("),
+        (
+            "prefix",
+            ["decode.max_new_tokens=30"],
+            "decode.max_new_tokens (30) are as many positions, but the model has ",
+        ),
         ("prompt", ["train.packing=True"], "an encoder's prompt belongs to one; drop it"),
         ("prefix", ["method.sites=('cross',)"], "method.sites"),
         ("prefix", ["method.shift=True"], "the positions of an encoder-decoder never move"),

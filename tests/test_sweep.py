@@ -102,6 +102,38 @@ def test_a_config_without_a_sweep(capsys, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("model.name=/nowhere", "run 'length=3': model '/nowhere' is no folder, and no name on the hub"),
+        ("evaluation.final_split=tset", "run 'length=3': unknown split 'tset'; valid: test, train, validation"),
+    ],
+)
+def test_what_every_run_reads_is_looked_for_before_the_first_one(tmp_path, capsys, option, message):
+    (tmp_path / "config.py").write_text(SWEEP)
+    command = ["sweep", f"--config={tmp_path}/config.py", f"--config.{option}", f"--workdir={tmp_path}/w"]
+    assert run.main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_sweep_holds_no_accelerator(tmp_path):
+    """Not while it looks for the model and the data either: its runs need all of it."""
+    (tmp_path / "config.py").write_text(SWEEP)
+    options = [f"--config={tmp_path}/config.py", "--config.dataset.path=/nowhere", f"--workdir={tmp_path}/w"]
+    done = subprocess.run(
+        [sys.executable, run.__file__, "sweep", *options],
+        env=os.environ | {"JAX_PLATFORMS": "none", "PYTHONPATH": str(launch.ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.startswith("error: run 'length=3': no folder /nowhere, and that is no hub name")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
 def python(code):
     """A launcher's command that runs this code, whatever the run's name."""
     return lambda name: [sys.executable, "-c", code]

@@ -291,6 +291,16 @@ def test_a_table_is_run_and_goes_on(small, tmp_path, capsys):
     assert "was made with another config: train.epochs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["model", "dataset"])
+def test_what_every_run_reads_is_looked_for_before_the_first_one(small, tmp_path, capsys, option):
+    assert run.main(["table", "small", f"--{option}=/nowhere", f"--workdir={tmp_path}/w"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: run 'prefix,seed=0': ")
+    assert "/nowhere" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "w").exists()
+
+
 def test_runs_of_a_table_train_at_once(small, tmp_path, monkeypatch):
     """Those that can, as one job of the launcher's, whose command trains them."""
     jobs = []

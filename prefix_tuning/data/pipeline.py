@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prefix_tuning import template
-from prefix_tuning.errors import UserError
+from prefix_tuning.errors import UserError, at_least_one
 
 WINDOW = 50  # batches sorted by length together: enough for little padding, few enough for a random order
 OPEN_ROWS = 64  # rows that packing still adds to; more pack hardly tighter and cost time
@@ -102,7 +102,7 @@ def encode(
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end token (eos_token), which every target ends with")
-    _at_least_one(max_target=max_target)
+    at_least_one(max_target=max_target)
     if (CHAT in prompt) != (completion == CHAT):
         raise UserError(f"text.prompt={prompt!r} and text.completion={completion!r}; expected {CHAT} in both or none")
     if CHAT in prompt:
@@ -135,7 +135,7 @@ def encode_prompts(
     prompt without tokens.
     """
     columns = dataset[:]
-    _at_least_one(max_source=max_source)
+    at_least_one(max_source=max_source)
     if CHAT in prompt:
         if max_source is not None:
             raise UserError("text.max_source would cut a conversation's form; expected None with {chat}")
@@ -335,7 +335,7 @@ def train_data(
     Unpacked, batches take at most `shapes` shapes; packed, one.  Of each batch it makes a `part`.  Raises
     UserError without examples, and for a first step beyond the last.
     """
-    _at_least_one(batch_size=batch_size, epochs=epochs, shapes=shapes)
+    at_least_one(batch_size=batch_size, epochs=epochs, shapes=shapes)
     lengths, targets = _sizes(examples)
     sizes = [packed_shape(lengths, targets)] if packing else bucket_shapes(lengths, targets, shapes)
 
@@ -373,7 +373,7 @@ def eval_batches(
 
     Of each batch it makes a `part`.
     """
-    _at_least_one(batch_size=batch_size, shapes=shapes)
+    at_least_one(batch_size=batch_size, shapes=shapes)
     lengths, targets = _sizes(examples)
     sizes = bucket_shapes(lengths, targets, shapes)
     for indices in _longest_first(lengths, batch_size):
@@ -390,7 +390,7 @@ def prompt_batches(
     batch has the index -1 and repeats a prompt, because decoding from nothing is undefined.  Raises UserError for a
     prompt without tokens.
     """
-    _at_least_one(batch_size=batch_size, multiple=multiple)
+    at_least_one(batch_size=batch_size, multiple=multiple)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if 0 in lengths:
         raise UserError(f"prompt {lengths.tolist().index(0)} has no tokens; expected at least one to decode from")
@@ -403,26 +403,32 @@ def prompt_batches(
         yield indices, tokens, lengths[real]
 
 
-def _at_least_one(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise UserError(f"{name} is {number}; expected at least 1")
-
-
 def _render(text: str, columns: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The template filled in for every row."""
     special = {name: getattr(tokenizer, f"{name}_token") for name in SPECIAL}
-    try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
-    except ValueError as error:
-        raise UserError(f"template {text!r} is malformed: {error}") from error
-    for field in sorted(fields):
+    for field in sorted(_fields(text)):
         if field not in columns and field not in special:
             raise UserError(f"template {text!r}: unknown field {field!r}; valid: {', '.join([*columns, *special])}")
         if field not in columns and special[field] is None:
             raise UserError(f"template {text!r}: the tokenizer has no {field} token")
     rows = zip(*columns.values(), strict=True)
     return [text.format_map(special | dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def _fields(text: str) -> set[str]:
+    """What a template names."""
+    try:
+        return {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+    except ValueError as error:
+        raise UserError(f"template {text!r} is malformed: {error}") from error
+
+
+def check_fields(option: str, text: str, columns: Sequence[str]) -> None:
+    """Raises UserError for a template of this option that reads the same for every row, which are of these columns."""
+    pieces = [piece for piece in template.pieces(text) if isinstance(piece, str)]
+    if not any(_fields(piece) - set(SPECIAL) for piece in pieces):
+        known = ", ".join(f"{{{name}}}" for name in columns)
+        raise UserError(f"{option}: the template {text!r} is the same for every row; expected a field in it: {known}")
 
 
 def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

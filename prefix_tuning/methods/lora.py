@@ -36,7 +36,7 @@ def make(
     if alpha is not None and alpha <= 0:
         raise UserError(f"method.alpha must be above 0 or None, got {alpha}")
     rows.check_dropout(dropout)
-    if isinstance(target_modules, str) or not target_modules:
+    if not target_modules:
         raise UserError(f"method.target_modules={target_modules!r} must be a tuple of at least one name")
     scale = (rank if alpha is None else alpha) / (math.sqrt(rank) if rslora else rank)
 

@@ -12,6 +12,7 @@ from prefix_tuning import caching, nn, stacks
 from prefix_tuning.attention import PLAIN, Attention, attend_hooked, causal_mask, slot_statistics, slots_at, source_mask
 from prefix_tuning.errors import UserError
 from prefix_tuning.models import encoder
+from prefix_tuning.positions import placed
 from prefix_tuning.types import KV, Adaptation, Batch, Cache, Compute, LayerHooks, Model, Params, Projection, Sites
 
 
@@ -124,7 +125,7 @@ def build(
         states, segments, kept_read = read(params, adaptation, *source, keep_read)
         visible = source_mask(batch.segments, segments)
         causal = causal_mask(batch.segments)
-        places, moved = jnp.arange(batch.tokens.shape[1]), before(adaptation)
+        places, moved = jnp.arange(batch.tokens.shape[1]), placed(adaptation)
         added = bias(params, "decoder", places, places)
         place = functools.partial(placed_at, params, queries=moved + places)
 
@@ -168,7 +169,7 @@ def build(
         mask, written = caching.continued(cache), cache.written[:, None]
         visible = jnp.broadcast_to(cache.source[:, None], (*tokens.shape, cache.source.shape[1]))
         # How long ago a token was written is the same in all rows, and all that a relative position says.
-        added, moved = bias(params, "decoder", jnp.zeros(1, jnp.int32), -caching.ages(cache)), before(adaptation)
+        added, moved = bias(params, "decoder", jnp.zeros(1, jnp.int32), -caching.ages(cache)), placed(adaptation)
         place = functools.partial(placed_at, params, queries=moved + written)
 
         def body(x, inputs, cached, number):
@@ -270,12 +271,6 @@ def cross_queries(layer: Params, hooks: LayerHooks, x: Array) -> Array:
 def cross_keys(layer: Params, hooks: LayerHooks, states: Array) -> tuple[Array, Array]:
     """The keys and values [B S K H] of cross attention from states [B S D]."""
     return tuple(nn.project(states, layer[name], hooks, name) for name in ("cross_k", "cross_v"))
-
-
-def before(adaptation: Adaptation) -> int:
-    """How many positions of the decoder are slots'."""
-    kv = (adaptation.decoder.kv or {}).get("self")
-    return kv.k.shape[-3] if kv is not None and kv.placed else 0
 
 
 def as_they_are(k: Array, v: Array) -> tuple[KV, KV]:
