@@ -198,7 +198,9 @@ def test_runs_that_cannot_train_together(configs, message):
 
 
 def test_rows_that_are_packed_may_make_other_numbers_of_steps():
-    configs, bases, runs = made([configured({"train.packing": True, "train.examples": 60, "seed": seed}) for seed in (0, 1)])
+    configs, bases, runs = made(
+        [configured({"train.packing": True, "train.examples": 60, "seed": seed}) for seed in (0, 1)]
+    )
     data = runs[1].data
     runs[1] = runs[1]._replace(data=data._replace(total_steps=data.total_steps + 1))
     with pytest.raises(UserError, match=r"take \[\d, \d\] steps; drop train.packing"):
