@@ -11,7 +11,9 @@ import importlib.metadata
 import os
 import shutil
 import signal
+import sys
 import tempfile
+import types
 
 # What is imported below stays, and Python's collector would go through those objects again and again.
 gc.disable()
@@ -45,7 +47,8 @@ import torch
 import transformers
 
 import prefix_tuning
-from prefix_tuning import parallel, stacks
+import run
+from prefix_tuning import launch, parallel, stacks
 from prefix_tuning import train as loop
 from prefix_tuning.data import pipeline
 from prefix_tuning.metrics import meteor
@@ -206,6 +209,26 @@ def in_one_stack(request, monkeypatch):
     """
     if request.node.get_closest_marker("apart") is None:
         monkeypatch.setattr(stacks, "apart", lambda params, model: params)
+
+
+@pytest.fixture
+def commands_here(monkeypatch):
+    """What a launcher starts as processes are calls in this one, which has imported what they need already.
+
+    That they run as processes is for the tests of launch.py, and for one sweep in test_sweep.py.
+    """
+
+    class Called:
+        def __init__(self, command, *, stdout, stderr, **_):
+            assert command[:2] == [sys.executable, str(run.ROOT / "run.py")]
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+                self.code = run.main(command[2:])
+
+        def poll(self):
+            return self.code
+
+    monkeypatch.setattr(launch, "subprocess", types.SimpleNamespace(Popen=Called))
+    monkeypatch.setattr(launch.Local, "interval", 0)
 
 
 def pytest_unconfigure(config):

@@ -87,7 +87,12 @@ def shipped(tmp_path_factory):
     for method, option in (("prompt", "length=3"), ("lora", "rank=1")):
         folders[method] = tmp_path_factory.mktemp(method)
         config = f"--config=configs/quickstart.py:quick,method={method}"
-        short = ["--config.train.epochs=1", "--config.train.examples=192", "--config.evaluation.metrics=()"]
+        short = [
+            "--config.train.epochs=1",
+            "--config.train.examples=96",
+            "--config.train.batch_size=8",
+            "--config.evaluation.metrics=()",
+        ]
         short += ["--config.train.shapes=1", f"--config.method.{option}", f"--workdir={folders[method]}"]
         with pytest.MonkeyPatch.context() as patch:
             if method == "lora":

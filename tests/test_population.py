@@ -1,7 +1,6 @@
 """Runs that train together are the runs that they would be alone."""
 
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -16,9 +15,11 @@ from prefix_tuning.files import read_lines
 from prefix_tuning.progress import Interrupted, Stop
 
 SHORT = {
-    "train.examples": 40,
+    "text.max_source": 12,
+    "text.max_target": 6,
+    "train.examples": 20,
     "train.epochs": 1,
-    "train.batch_size": 16,
+    "train.batch_size": 8,
     "train.shapes": 1,
     "train.log_every": 1,
     "evaluation.examples": 8,
@@ -105,10 +106,10 @@ def test_what_every_run_trains_counts_against_a_devices_memory(monkeypatch, tmp_
 def test_seeds_and_starts_on_batches_of_their_own(weights):
     """With an MLP, whose table is as long as the prefix, and batches of other lengths; their rows are spread.
 
-    The first of three, whose start and seed are the usual ones, is only beside the others.
+    The first, which is longer, and whose start and seed are the usual ones, is only beside the other.
     """
-    options = {"method.reparametrisation": 6, "train.shapes": 2}
-    configs = prefixes(2, 4, **options) + prefixes(3, **options, seed=1)
+    options = {"method.reparametrisation": 6, "train.shapes": 2, "text.max_source": 18}
+    configs = prefixes(4, **options) + prefixes(3, **options, seed=1)
     for config in configs:
         del config["method"]["scale"]
     configs[1]["method"] |= {"init": "text", "text": "Our restaurant of the week", "fit_steps": 3}
@@ -117,7 +118,7 @@ def test_seeds_and_starts_on_batches_of_their_own(weights):
 
 def test_weights_in_shards_are_shared_too(weights):
     """With rows and micro-batches split by a mesh, and batches of each run's own."""
-    options = {"train.accumulate": 2}
+    options = {"train.accumulate": 2, "train.batch_size": 16, "train.examples": 40}
     configs = prefixes(2, 4, **options) + prefixes(3, **options, seed=1)
     _, bases, runs = made(configs)
     split = [config | {"parallel": "sharded", "mesh": {"data": 4, "model": 2}} for config in configs]
@@ -207,7 +208,7 @@ def test_who_can_train_together():
 @pytest.mark.parametrize(
     ("configs", "message"),
     [
-        ([{}, {"train.batch_size": 8}], r"differ in train.batch_size; valid: method.fit_learning_rate, .*seed"),
+        ([{}, {"train.batch_size": 16}], r"differ in train.batch_size; valid: method.fit_learning_rate, .*seed"),
         ([{}, {"method.dropout": 0.1}], "differ in method.dropout; valid: "),
     ],
 )
@@ -217,7 +218,9 @@ def test_runs_that_cannot_train_together(configs, message):
 
 
 def test_rows_that_are_packed_may_make_other_numbers_of_steps():
-    configs, bases, runs = made([configured({"train.packing": True, "seed": seed}) for seed in (0, 1)])
+    configs, bases, runs = made(
+        [configured({"train.packing": True, "train.examples": 60, "seed": seed}) for seed in (0, 1)]
+    )
     data = runs[1].data
     runs[1] = runs[1]._replace(data=data._replace(total_steps=data.total_steps + 1))
     with pytest.raises(UserError, match=r"take \[\d, \d\] steps; drop train.packing"):
@@ -257,11 +260,12 @@ def files(workdir):
     return sorted(str(path) for path in found if path.parts[0] not in ("tensorboard", "checkpoints"))
 
 
-def test_each_leaves_the_workdir_that_it_would_leave_alone(tmp_path, monkeypatch, capsys):
+def test_each_leaves_the_workdir_that_it_would_leave_alone(tmp_path, monkeypatch, capsys, commands_here):
     """Stopped and gone on with from the last step that all had saved; one that diverges ends none of the others."""
     (tmp_path / "config.py").write_text(SWEEP)
     options = [f"--config.{key}={value}" for key, value in SHORT.items()]
-    options += ["--config.train.checkpoint_every=1", "--config.train.epochs=2", "--config.optimizer.clip=1000.0"]
+    options += ["--config.train.checkpoint_every=1", "--config.train.keep=9", "--config.train.epochs=2"]
+    options += ["--config.optimizer.clip=1000.0"]
     command = ["train", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/together", *options]
     calls = iter(range(100))
 
@@ -269,15 +273,16 @@ def test_each_leaves_the_workdir_that_it_would_leave_alone(tmp_path, monkeypatch
         if next(calls) == 4:
             raise Interrupted(130)
 
-    monkeypatch.setattr(Stop, "check", stop)
-    assert run.main([*command, "--runs=length=2,length=5"]) == 130
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "check", stop)
+        assert run.main([*command, "--runs=length=2,length=5,broken"]) == 130
     root = tmp_path / "together"
-    steps = sorted(int(path.name) for path in (root / "length=5" / "checkpoints").iterdir())
-    shutil.rmtree(root / "length=5" / "checkpoints" / str(steps[-1]))  # as if it had been stopped while it saved
+    saved = [{int(path.name) for path in (root / name / "checkpoints").iterdir()} for name in ("length=5", "broken")]
+    assert saved == [{1, 2, 3, 4}, {1}]  # the one that diverges in its second step does not save it
     assert run.main(["sweep", *command[1:], "--config.train.population=3"]) == 1
     assert "error: 1 of 3 runs failed or were stopped: broken; " in capsys.readouterr().err
     log = (root / "broken" / "log.txt").read_text()  # the last of those that train together has it
+    assert "going on after step 1" in log
     assert "broken: loss" in log
     assert "error: 1 of 3 runs failed; " in log
     # The shorter one, whose slots are a part of what they share; a step of every length is compared above.

@@ -12,16 +12,20 @@ import transformers
 from test_tasks import folder  # noqa: F401 (a fixture)
 
 import run
-from prefix_tuning import api, publish, setup
+from prefix_tuning import api, publish, setup, train
 from prefix_tuning.errors import UserError
 
 SHORT = [
     "optimizer.warmup_steps=0",
     "train.epochs=1",
-    "train.examples=64",
+    "text.max_source=12",
+    "text.max_target=6",
+    "train.examples=32",
+    "train.batch_size=8",
     "train.shapes=1",
     "evaluation.metrics=()",
     "evaluation.examples=8",
+    "evaluation.batch_size=8",
 ]
 METHODS = {
     "prefix": ["method.length=3"],
@@ -54,12 +58,12 @@ def published(tmp_path_factory):
     """method -> the workdir of a run of it, trained once; nothing is written there again."""
 
     @functools.cache
-    def train(method):
+    def made(method):
         workdir = tmp_path_factory.mktemp("published") / method
         assert call("train", workdir, method) == 0
         return workdir
 
-    return train
+    return made
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -141,6 +145,18 @@ def test_the_folder_says_how_it_was_made(tmp_path, method, kind):
     assert written.get("num_frozen_tokens") == (1 if kind == "CARTRIDGE" else None)
 
 
+def test_fine_tuned_weights_are_not_published_with_the_prefix_beside_them(tmp_path, capsys):
+    config = run.load_config("configs/quickstart.py:method=prefix+finetune")
+    config.update_from_flattened_dict({"method.parts.prefix.length": 3, "method.parts.finetune.top_layers": 1})
+    config = config.to_dict()
+    base = setup.make_base(config)
+    frozen = setup.load_weights(base, config)
+    begun = base.method.init(jax.random.key(0), base.model, frozen)
+    assert train.export_adapter(base, config, frozen, begun, tmp_path / "adapter") is None
+    assert "no adapter/ is written: PEFT's folder holds no fine-tuned weights" in capsys.readouterr().err
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_what_cannot_be_started_from(tmp_path, published, capsys):
     adapter = published("prefix") / "adapter"
     for method, options, message in (
@@ -157,10 +173,6 @@ def test_what_cannot_be_started_from(tmp_path, published, capsys):
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "other" / "checkpoints").exists()
-    both = tmp_path / "both"
-    biased = ["method.parts.prefix.length=3", "method.parts.finetune.top_layers=1"]
-    assert call("train", both, "prefix+finetune", *biased) == 0
-    assert "no adapter/ is written: PEFT's folder holds no fine-tuned weights" in capsys.readouterr().err
     lora = published("lora")
     for options, message in (
         (["method.rank=3"], "method.rank=3 with scale"),

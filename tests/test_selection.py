@@ -12,7 +12,10 @@ from prefix_tuning.errors import UserError
 from prefix_tuning.progress import Interrupted, Stop
 
 SHORT = {
-    "train.examples": 96,
+    "text.max_source": 12,
+    "text.max_target": 6,
+    "train.batch_size": 8,
+    "train.examples": 48,
     "train.epochs": 1,
     "train.shapes": 1,
     "train.log_every": 1,
@@ -94,7 +97,7 @@ def test_patience_ends_a_run_also_one_that_was_stopped(tmp_path, losses, monkeyp
 
 def test_epochs_can_be_counted_instead_of_steps(tmp_path, losses):
     losses += [5.0, 3.0, 4.0]
-    config = configured(train_eval_every=None, train_eval_epochs=1, train_epochs=3, train_examples=32)
+    config = configured(train_eval_every=None, train_eval_epochs=1, train_epochs=3, train_examples=16)
     summary = train.train(config, tmp_path)
     assert not losses
     assert summary["selected"]["step"] == 4

@@ -29,11 +29,15 @@ def sweep(add):
 
 get_config = quickstart.get_config
 """
-SHORT = ["train.epochs=1", "train.examples=48", "train.shapes=1", "evaluation.metrics=()", "evaluation.examples=8"]
+SHORT = ["train.epochs=1", "train.examples=24", "train.shapes=1", "train.batch_size=8", "text.max_source=12"]
+SHORT += ["text.max_target=6", "evaluation.metrics=()", "evaluation.examples=8", "evaluation.batch_size=8"]
 
 
-def test_a_sweep_runs_what_is_listed_and_goes_on(tmp_path, capsys):
-    """One by one with the command line's overrides; a run that fails is named, and the same command runs it alone."""
+def test_a_sweep_runs_what_is_listed_and_goes_on(tmp_path, capsys, monkeypatch, commands_here):
+    """One by one with the command line's overrides; a run that fails is named, and the same command runs it alone.
+
+    The second time as a process; what fails, and what is beside it, in this one.
+    """
     (tmp_path / "config.py").write_text(SWEEP)
     command = ["sweep", f"--config={tmp_path}/config.py", *(f"--config.{option}" for option in SHORT)]
     root = tmp_path / "runs"
@@ -46,6 +50,7 @@ def test_a_sweep_runs_what_is_listed_and_goes_on(tmp_path, capsys):
     assert re.search(r"^length=3 \(1 of 2\): failed: exit code 1: error: .* holds list, not a JSON object", error, re.M)
     done = (root / "lora" / "summary.json").stat().st_mtime_ns
     (broken / "config.json").unlink()
+    monkeypatch.undo()
     assert run.main([*command, f"--workdir={root}"]) == 0
     out = capsys.readouterr().out
     assert done == (root / "lora" / "summary.json").stat().st_mtime_ns

@@ -205,12 +205,15 @@ def test_the_command_line(capsys, tmp_path):
 FILE = "configs/quickstart.py"
 SHORT = {
     "train.epochs": 1,
-    "train.examples": 48,
+    "text.max_source": 12,
+    "text.max_target": 6,
+    "train.examples": 24,
     "train.shapes": 1,
+    "train.batch_size": 8,
     "optimizer.warmup_steps": 0,
     "evaluation.metrics": (),
 }
-SHORT |= {"evaluation.examples": 8}
+SHORT |= {"evaluation.examples": 8, "evaluation.batch_size": 8}
 SMALL = Table(
     "Small",
     "Nobody (2026), table 1",
@@ -221,7 +224,7 @@ SMALL = Table(
         Row("lora", "LoRA", FILE, "method=lora", SHORT, {"v2": (51.0, None, 1.0)}, seeds=(0, 1)),
         Row("copied", "SOTA", published={"v2": (60.0, 2.0, 1.0)}, note="Copied."),
     ),
-    pairs=48,
+    pairs=24,
     records=8,
 )
 
@@ -237,8 +240,8 @@ def write_summary(folder, **tuned):
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
-def test_a_table_is_run_and_goes_on(small, tmp_path, capsys):
-    """Two seeds of a prefix for real: one is trained here, one by a process, which fails at first; LoRA is done."""
+def test_a_table_is_run_and_goes_on(small, tmp_path, capsys, commands_here):
+    """Two seeds of a prefix for real: one is trained here, one launched, which fails at first; LoRA is done."""
     command = ["table", "small", f"--workdir={tmp_path}"]
     assert run.main([*command, "--only=prefix", "--runs=prefix,seed=0"]) == 0
     capsys.readouterr()
