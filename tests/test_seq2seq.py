@@ -2,7 +2,6 @@
 method on them."""
 
 import functools
-import itertools
 import json
 
 import jax
@@ -24,7 +23,6 @@ from prefix_tuning.interop import merged
 from prefix_tuning.methods import METHODS
 from prefix_tuning.models import loading, t5
 from prefix_tuning.objectives import OBJECTIVES
-from prefix_tuning.registry import named
 from prefix_tuning.types import KV, Adaptation, Batch, LayerHooks, count
 
 SOURCES = [[3, 4, 5, 6, 2, 7, 9], [5, 2], [11, 8, 3, 4], [7]]
@@ -40,6 +38,7 @@ VARIANTS = {
     "mt5": ("mt5", {"untied": True}),
 }
 BOTH = pytest.mark.parametrize("family", ["bart", "t5"])
+KEY = jax.random.key(0)
 
 
 def theirs(reference, sources, targets):
@@ -157,8 +156,8 @@ def test_a_prompt_of_real_embeddings_is_those_tokens(twin, family):
 
 
 @BOTH
-def test_packed_is_unpacked_and_fillers_are_finite(twin, family):
-    """Targets read their own sources only, also where a row is full, and rows without any give no gradient."""
+def test_packed_is_unpacked_and_every_entry_gets_a_gradient(twin, family):
+    """Targets read their own sources only, also where a row is full, and rows without any disturb no gradient."""
     _, _, model, frozen = twin(family)
     pairs = [pipeline.Tokens(s, [*t, 1]).after(model.start) for s, t in zip(SOURCES, TARGETS, strict=True)]
     batch = Batch(**pipeline.collate([[pairs[0], pairs[1]], [pairs[2], pairs[3]], []], 9, 9))
@@ -169,29 +168,17 @@ def test_packed_is_unpacked_and_fillers_are_finite(twin, family):
     found = [logits[0, : sizes[0]], logits[0, sizes[0] : sum(sizes[:2])]]
     found += [logits[1, : sizes[2]], logits[1, sizes[2] : sum(sizes[2:])]]
     close(found, ours(model, frozen), 1e-5)
-    objective = OBJECTIVES["lm"](None)
-    grads = jax.jit(jax.grad(lambda a: objective.loss(model, frozen, a, batch)[0]))(random_prefixes(model))
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
-
-
-@BOTH
-def test_every_entry_gets_a_gradient_in_every_layer(twin, family):
-    """PEFT ties layers of the decoder and leaves half of what it trains without one."""
-    _, _, model, frozen = twin(family)
-    method = METHODS["prefix"](None, length=P)
-    trainable = method.init(jax.random.key(0), model, frozen)
+    # And every entry of a prefix has one, in every layer: PEFT ties the decoder's, and half of what it trains has none.
+    method, objective = METHODS["prefix"](None, length=P), OBJECTIVES["lm"](None)
+    trainable = jax.jit(lambda key: method.init(key, model, frozen))(jax.random.key(0))
     assert {f"{stack}.{site}" for stack, own in trainable.items() for site in own} == set(SITES)
     assert count(trainable) == 2 * P * sum(
         sites.layers * heads * size for sites in model.sites.values() for heads, size in sites.kv.values()
     )
-    pairs = [pipeline.Tokens(s, [*t, 1]).after(model.start) for s, t in zip(SOURCES, TARGETS, strict=True)]
-    batch = Batch(**pipeline.collate([[pair] for pair in pairs], 8, 6))
-
-    def loss(trainable):
-        return OBJECTIVES["lm"](None).loss(model, *method.bind(frozen, trainable), batch)[0]
-
-    grads = jax.jit(jax.grad(loss))(trainable)
-    assert all((np.abs(x) > 0).all() for x in jax.tree.leaves(grads))
+    loss = lambda trainable: objective.loss(model, *method.bind(frozen, trainable), batch)[0]  # noqa: E731
+    for x in jax.tree.leaves(jax.jit(jax.grad(loss))(trainable)):
+        assert np.isfinite(x).all()
+        assert (np.abs(x) > 0).all()
 
 
 @BOTH
@@ -200,8 +187,8 @@ def test_prefixes_are_switched_by_name(twin, family):
     for site in SITES:
         for options in ({}, {"reparametrisation": 4}, {"init": "text", "text": "dabec"}, {"gates": True}):
             method = METHODS["prefix"](letters, length=P, sites=(site,), **options)
-            trainable = method.init(jax.random.key(0), model, frozen)
-            _, adaptation = method.bind(frozen, trainable)
+            trainable = jax.eval_shape(lambda frozen, method=method: method.init(KEY, model, frozen), frozen)
+            _, adaptation = jax.eval_shape(method.bind, frozen, trainable)
             stack, name = site.split(".")
             assert list(trainable) == [stack]
             assert list(getattr(adaptation, stack).kv) == [name]
@@ -291,16 +278,31 @@ def many_sources(seed, size=24):
     return [rng.integers(2, V, rng.integers(1, 8)).tolist() for _ in range(size)]
 
 
+SEARCHES = {
+    "greedy": {},
+    "beam": {"num_beams": 3},
+    "options": {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "min_new_tokens": 3},
+}
+
+
 @pytest.mark.apart
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"num_beams": 3}, {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "min_new_tokens": 3}],
-    ids=["greedy", "beam", "options"],
+    ("variant", "prefixed", "search"),
+    # What the options say is of the search and of no family; each family is searched both ways, bare and prefixed.
+    [
+        ("bart", False, "greedy"),
+        ("bart", False, "options"),
+        ("bart", True, "greedy"),
+        ("bart", True, "beam"),
+        ("t5", False, "greedy"),
+        ("t5", False, "beam"),
+        ("t5", True, "greedy"),
+        ("t5 1.1", True, "options"),
+    ],
 )
-@pytest.mark.parametrize(("variant", "prefixed"), [*itertools.product(("bart", "t5"), (False, True)), ("t5 1.1", True)])
-def test_texts_equal_transformers(twin, torch_prefixes, variant, options, prefixed):
+def test_texts_equal_transformers(twin, torch_prefixes, variant, prefixed, search):
     """Greedy and beam search, with layers apart and prefixes at all three attentions, and without either."""
-    family, own = VARIANTS[variant]
+    options, (family, own) = SEARCHES[search], VARIANTS[variant]
     reference, _, model, frozen = twin(family, **own)
     sources = many_sources(1)
     adaptation = jax.tree.map(lambda x: 0.5 * x, random_prefixes(model, 1)) if prefixed else Adaptation()
@@ -365,50 +367,51 @@ def test_rows_do_not_disturb_each_other(twin, family, beams):
 
 # --- Methods
 
-OPTIONS = {
-    "prefix": [
-        {"length": P},
-        {"length": P, "init": "text", "text": "dabec", "frozen_slots": 2},
-        {"length": P, "layers": (1,)},
-    ],
-    "infix": [{"length": P}],
-    "prompt": [{"length": P}],
-    "ptuning": [{"length": P, "network": "mlp", "hidden": 4, "template": "{rows:2}{prompt}{rows:3}"}],
-    "memory": [{}],
-    "propagation": [{"length": P}],
-    "lora": [{"rank": 2, "target_modules": ("q", "cross_k", "cross_o", "down")}],
-    "adapter": [{"bottleneck": 3, "form": form} for form in ("houlsby", "lin", "parallel")],
-    "finetune": [{}, {"top_layers": 1, "embedding": True}, {"biases": True}],
-    "compose": [
-        {"parts": {"prefix": {"length": 2}, "prompt": {"length": 3}, "lora": {"rank": 2}, "adapter": {"bottleneck": 2}}}
-    ],
+# Several at sites of their own in a step and a search, and one family or the other, since these take long to compile.
+TOGETHER = {
+    "t5 0": {
+        "prefix": {"length": P},
+        "prompt": {"length": P},
+        "memory": {},
+        "lora": {"rank": 2, "target_modules": ("q", "cross_k", "cross_o", "down")},
+        "finetune": {"biases": True},
+    },
+    "bart 1": {
+        "prefix": {"length": P, "init": "text", "text": "dabec", "frozen_slots": 2},
+        "infix": {"length": P},
+        "adapter": {"bottleneck": 3, "form": "houlsby"},
+    },
+    "t5 2": {"prefix": {"length": P, "layers": (1,)}, "adapter": {"bottleneck": 3, "form": "lin"}, "finetune": {}},
+    "bart 3": {
+        "ptuning": {"length": P, "network": "mlp", "hidden": 4, "template": "{rows:2}{prompt}{rows:3}"},
+        "adapter": {"bottleneck": 3, "form": "parallel"},
+        "finetune": {"top_layers": 1, "embedding": True},
+    },
+    "t5 4": {"prefix": {"length": 2}, "lora": {"rank": 2, "target_modules": ("cross_v", "q")}},
+    "bart 5": {"propagation": {"length": P}, "finetune": {}},
 }
-UNIPELT = {"parts": {"prefix": {"length": 2}, "lora": {"rank": 2, "target_modules": ("cross_v", "q")}}, "gates": True}
-OPTIONS["compose"].append(UNIPELT)
+GATED, ON_DEVICES = {"t5 4"}, {"t5 0", "bart 1"}
 
 
-# One on each family in turn, since a step takes long to compile.
-EVERY = [(name, i) for name, own in OPTIONS.items() for i in range(len(own))]
-CASES = [("bart" if turn % 2 else "t5", *case) for turn, case in enumerate(EVERY)]
-ON_DEVICES = {("t5", "prefix", 0), ("bart", "prefix", 1), ("t5", "prompt", 0)}
-
-
-@pytest.mark.parametrize(("family", "name", "number"), CASES)
-def test_every_method_trains_and_decodes(twin, family, name, number):
+@pytest.mark.parametrize("together", TOGETHER)
+def test_every_method_trains_and_decodes(twin, together):
     """All that is trained moves and the loss falls; eight devices are one; the cache says what a full forward says."""
-    assert set(OPTIONS) == set(METHODS)
+    assert {"compose"} | {name for parts in TOGETHER.values() for name in parts} == set(METHODS)
+    (family, _), parts = together.split(), TOGETHER[together]
     _, _, model, frozen = twin(family)
-    method = named("method", METHODS, {"name": name} | OPTIONS[name][number], letters)
+    for name, own in parts.items():
+        setup.abstract_adaptation(METHODS[name](letters, **own), model)
+    method = METHODS["compose"](letters, parts=parts, gates=together in GATED)
     setup.abstract_adaptation(method, model)
     frozen = method.prepare(jax.random.key(0), model, frozen)
     start = jax.jit(lambda key: method.init(key, model, frozen))(jax.random.key(1))
-    virtual = {"infix": [*range(V, V + P)], "ptuning": [*range(V, V + 3)]}.get(name, [])
+    virtual = range(V, V + (P if "infix" in parts else 3 if "ptuning" in parts else 0))
     sources = [[*row, *virtual] for row in SOURCES * 2]
     pairs = [pipeline.Tokens(s, [*t, 1]).after(model.start) for s, t in zip(sources, TARGETS * 2, strict=True)]
     batch = pipeline.collate([[pair] for pair in pairs], 13, 6)
     given = (model, frozen, method, OBJECTIVES["lm"](None), optax.adam(0.001), start, batch)
     made, losses = three_steps(*given)
-    if (family, name, number) in ON_DEVICES:  # for the others tests/test_methods.py says so
+    if together in ON_DEVICES:  # for the others tests/test_methods.py says so
         spread, again = three_steps(*given, axis=parallel.AXIS)
         np.testing.assert_allclose(losses, again, rtol=1e-4)
         assert jax.tree.structure(spread) == jax.tree.structure(made)
