@@ -26,7 +26,6 @@ SHORT = {  # without dropout, which each device draws for itself, the number of 
     "method.dropout": 0.0,
     "train.epochs": 2,
     "train.shapes": 1,
-    "train.eval_every": 7,  # of the eight steps, after the one that the lost process does not take
     "evaluation.metrics": ("exact_match",),
     "decode.max_new_tokens": 3,
 }
