@@ -106,10 +106,10 @@ def test_what_every_run_trains_counts_against_a_devices_memory(monkeypatch, tmp_
 def test_seeds_and_starts_on_batches_of_their_own(weights):
     """With an MLP, whose table is as long as the prefix, and batches of other lengths; their rows are spread.
 
-    The first, which is longer, and whose start and seed are the usual ones, is only beside the other.
+    The first of three, whose start and seed are the usual ones, is only beside the others.
     """
-    options = {"method.reparametrisation": 6, "train.shapes": 2, "text.max_source": 18}
-    configs = prefixes(4, **options) + prefixes(3, **options, seed=1)
+    options = {"method.reparametrisation": 6, "train.shapes": 2, "text.max_source": None}
+    configs = prefixes(2, 4, **options) + prefixes(3, **options, seed=1)
     for config in configs:
         del config["method"]["scale"]
     configs[1]["method"] |= {"init": "text", "text": "Our restaurant of the week", "fit_steps": 3}
