@@ -215,7 +215,7 @@ def in_one_stack(request, monkeypatch):
 def commands_here(monkeypatch):
     """What a launcher starts as processes are calls in this one, which has imported what they need already.
 
-    That they run as processes is for the tests of launch.py, and for one sweep in test_sweep.py.
+    How processes end, and one sweep's, is for test_sweep.py.
     """
 
     class Called:
