@@ -55,7 +55,8 @@ def attend(
     """
     if causal and k.shape[1] != q.shape[1]:
         raise UserError(f"causal attention of {q.shape[1]} queries over {k.shape[1]} keys; expected as many of both")
-    if how.kernel != "plain" and q.shape[1] > FEW:
+    # Shapes alone are found in float32, which cuDNN lacks and `setup.check_cudnn` refuses.
+    if how.kernel != "plain" and q.shape[1] > FEW and (how.kernel, q.dtype) != ("cudnn", jnp.float32):
         return attend_fused(q, k, v, mask, prefixes, bias, how)
     at_once = functools.partial(attend_at_once, how=how)
     keys = k.shape[1] + sum(prefix.k.shape[-3] for prefix in prefixes)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from prefix_tuning import data, fit, parallel, positions
+from prefix_tuning.attention import FEW
 from prefix_tuning.data import pipeline, tasks
 from prefix_tuning.decode import DecodeConfig
 from prefix_tuning.errors import UserError, at_least_one, valid
@@ -22,7 +23,7 @@ from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES
 from prefix_tuning.optimizer import make_optimizer
 from prefix_tuning.registry import call, defaults, fits, in_words, named, options_of
-from prefix_tuning.types import Adaptation, Compute, Method, Model, Objective, Params, TrainState, count, joined
+from prefix_tuning.types import Adaptation, Batch, Compute, Method, Model, Objective, Params, TrainState, count, joined
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("decode", "parallel", "mesh")  # not in every config
@@ -120,8 +121,7 @@ def make_base(config: dict[str, Any]) -> Base:
             "model.remat=True saves nothing with model.scan=False, where XLA undoes it; expected one of them"
         )
     model = loading.read_model(folder, **compute._asdict())
-    if valid("model.attention", compute.attention, KERNELS) == "cudnn":
-        check_cudnn(config["model"].get("dtype", MODEL["dtype"]), model)
+    valid("model.attention", compute.attention, KERNELS)
     tokenizer = loading.load_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"{folder} has no tokenizer; text cannot be read without")
@@ -149,6 +149,8 @@ def make_base(config: dict[str, Any]) -> Base:
         )
     if weights == "int8":
         check_int8(config["method"]["name"], method, model)
+    if compute.attention == "cudnn":
+        check_cudnn(config["model"].get("dtype", MODEL["dtype"]), method, model)
     bare = method
     if objective.head is not None:
         method = with_head(method, objective.head)
@@ -167,8 +169,8 @@ def make_base(config: dict[str, Any]) -> Base:
     )
 
 
-def check_cudnn(dtype: str, model: Model) -> None:
-    """Raises `UserError` where cuDNN has no attention for a model in this dtype, or no device to run it on."""
+def check_cudnn(dtype: str, method: Method, model: Model) -> None:
+    """Raises `UserError` where cuDNN has no attention for a model and a method in this dtype, or no device for it."""
     needs = None
     if not parallel.has_cudnn():
         device = jax.local_devices()[0].device_kind
@@ -180,6 +182,10 @@ def check_cudnn(dtype: str, model: Model) -> None:
         needs = f"heads of a multiple of 8 numbers, 128 at most, and they have {', '.join(map(str, sorted(sizes)))}"
     if needs:
         raise UserError(f"model.attention='cudnn' needs {needs}; expected 'plain'")
+    row = jax.ShapeDtypeStruct((1, FEW + 1), jnp.int32)
+    source = {"source": row, "source_positions": row, "source_segments": row} if model.is_encoder_decoder else {}
+    batch = Batch(*[row] * 3, *[None] * 4, **source)  # of a row that is long enough for a kernel
+    jax.eval_shape(model.hidden, abstract_frozen(method, model, dtype), abstract_adaptation(method, model), batch)
 
 
 def check_sections(config: dict[str, Any]) -> None:

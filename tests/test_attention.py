@@ -242,7 +242,7 @@ def test_a_kernel_attends_as_the_plain_way_does(monkeypatch):
 def test_what_a_kernel_cannot_do_is_refused(monkeypatch, wrong, told):
     monkeypatch.setattr(attention, "FEW", T - 1)
     q, k, v, mask, *_ = attention_inputs(0)
-    how = attention.Attention(kernel="cudnn")
+    q, how = q.astype(jnp.bfloat16), attention.Attention(kernel="cudnn")
     with pytest.raises(UserError, match=f"model.attention='cudnn' cannot attend with {told}; expected 'plain'"):
         attention.attend(q, k, v, mask, **{"how": how} | wrong)
 

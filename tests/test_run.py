@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import absl.flags
+import conftest
 import jax
 import numpy as np
 import pytest
@@ -191,12 +192,25 @@ def test_cudnn_is_for_its_devices_types_and_sizes(folder, monkeypatch):
     with pytest.raises(UserError, match=r"needs model\.dtype='bfloat16' or 'float16', and it is 'float32'; expected"):
         setup.make_base(config)
     config["model"]["dtype"] = "bfloat16"
+    monkeypatch.setattr(pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo"), "check_cudnn_version", int)
     setup.make_base(config)
-    narrow = models.build(read_json(folder / "model" / "config.json", "a model") | {"head_dim": 6})
-    with monkeypatch.context() as patch:
-        patch.setattr(loading, "read_model", lambda *_, **options: narrow)
-        with pytest.raises(UserError, match=r"heads of a multiple of 8 numbers, 128 at most, and they have 6"):
-            setup.make_base(config)
+    long = {"method": config["method"] | {"init": "text", "text": "a b c d e " * 9, "length": 40}}  # read in float32
+    setup.make_base(config | long)
+    parts = {"prefix": {"length": 3}, "lora": {"rank": 2}}
+    with pytest.raises(UserError, match=r"cannot attend with gated or placed slots; expected 'plain'"):
+        setup.make_base(config | {"method": {"name": "compose", "parts": parts, "gates": True}})
+    llama = read_json(folder / "model" / "config.json", "a model")
+    gemma = llama | conftest.FAMILIES["gemma2"] | {"model_type": "gemma2", "head_dim": 8}
+    wrong = (
+        (llama | {"head_dim": 6}, "heads of .* 8 numbers, 128 at most, and they have 6"),
+        (gemma, "attend with a cap"),
+    )
+    for other, message in wrong:
+        model = models.build(other, attention="cudnn")
+        with monkeypatch.context() as patch:
+            patch.setattr(loading, "read_model", lambda *_, model=model, **options: model)
+            with pytest.raises(UserError, match=message):
+                setup.make_base(config)
     config["model"]["attention"] = "flash"
     with pytest.raises(UserError, match=r"unknown model\.attention 'flash'; valid: cudnn, plain"):
         setup.make_base(config)
