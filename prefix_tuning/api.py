@@ -202,13 +202,13 @@ def open_workdir(workdir: str) -> tuple[dict[str, Any], setup.Base, Params, Para
     folder = Path(workdir) / ("best" if config["evaluation"].get("select") else "checkpoints")
     if not folder.is_dir():
         raise UserError(f"{workdir} has no checkpoints; expected {WORKDIR}")
+    setup.check_memory(base, config)
     checkpoints = Checkpoints(folder)
-    found = checkpoints.restore_trainable(setup.abstract_trainable(base.method, base.model))
+    found = checkpoints.restore_trainable(base.layout.like(setup.abstract_trainable(base.method, base.model)))
     checkpoints.close()
     if found is None:
         raise UserError(f"{folder} holds no checkpoint yet; let 'run.py train' go on until it has saved one")
     trainable, step = found
-    setup.check_memory(base, config)
     return config, base, base.layout.place(setup.load_weights(base, config)), base.layout.place(trainable), step
 
 

@@ -1,15 +1,20 @@
-"""Checkpoints of the `TrainState` through Orbax: asynchronous, atomic, the newest few, each with a checksum."""
+"""Checkpoints of the `TrainState` through Orbax: asynchronous, atomic, the newest few, each with a checksum.
+
+What lies in shards is written, read and summed up in shards: no host ever has the whole of it.
+"""
 
 import itertools
 import logging
 import os
 import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding
 
 from prefix_tuning import hosts
 from prefix_tuning.errors import UserError
@@ -20,6 +25,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
 import orbax.checkpoint as ocp  # noqa: E402 (it logs while it is imported)
 
 OPENED = itertools.count()  # folders so far, in the same order on all hosts
+AT_ONCE = 1 << 22  # words of an array on the host that a checksum looks at together
 
 
 class Checkpoints:
@@ -43,10 +49,10 @@ class Checkpoints:
 
     def save(self, state: TrainState, **notes: Any) -> None:
         """Starts to write the state, and any JSON notes beside it; returns before it is done."""
-        step, items = int(state.step), hosts.fetch(plain(state))
+        step, items = int(state.step), jax.tree.map(lambda x: x if in_shards(x) else jax.device_get(x), plain(state))
         if step in self.manager.all_steps():
             return
-        notes |= {"checksums": {name: checksum(tree) for name, tree in items.items()}}
+        notes |= {"sums": {name: checksum(tree) for name, tree in items.items()}}
         saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         try:
             self.manager.save(step, args=ocp.args.Composite(**saves, notes=ocp.args.JsonSave(notes)), force=True)
@@ -54,9 +60,10 @@ class Checkpoints:
             raise unwritable(self.folder, error) from error
 
     def restore(self, like: TrainState, limit: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest readable state, shaped as `like` and of no later step than `limit`, and its notes; or None.
+        """The newest readable state, as `like` and of no later step than `limit`, and its notes; or None.
 
-        Damaged ones are reported by a warning and removed.  Raises `UserError` if all are damaged, since starting over
+        Leaves of `like`, arrays or shapes, that lie in shards are read into these, others to the host.  Damaged
+        checkpoints are reported by a warning and removed.  Raises `UserError` if all are damaged, since starting over
         would throw the run away.
         """
         found = self.newest(plain(like), limit)
@@ -68,38 +75,43 @@ class Checkpoints:
         return unplain(items, like), notes
 
     def restore_trainable(self, like: Any) -> tuple[Any, int] | None:
-        """The newest readable trainable parameters, shaped as `like`, and their step; None if there are none."""
+        """The newest readable trainable parameters, as `like`, and their step; None if there are none."""
         found = self.newest({"trainable": like})
         return found and (found[1]["trainable"], found[0])
 
     def newest(
         self, like: dict[str, Any], limit: int | None = None
     ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
-        """(step, items, notes) of the newest checkpoint whose items, named and shaped as in `like`, are undamaged.
+        """(step, items, notes) of the newest checkpoint whose items, named and laid out as in `like`, are undamaged.
 
         None later than `limit` is looked at.
         """
-        wanted = {name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for name, tree in like.items()}
-        restores = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+        wanted = {name: jax.tree.map(target, tree) for name, tree in like.items()}
         steps = sorted((s for s in self.manager.all_steps() if limit is None or s <= limit), reverse=True)
         for step in steps:
+            found, wrong = None, None
             try:
-                read = self.manager.restore(step, args=ocp.args.Composite(**restores, notes=ocp.args.JsonRestore()))
-                for name in like:
-                    if jax.tree.map(np.shape, read[name]) != jax.tree.map(np.shape, wanted[name]):
-                        raise ValueError(f"the shapes of {name} are not those of this run")
-                    if read.notes["checksums"][name] != checksum(read[name]):
-                        raise ValueError(f"the contents of {name} do not match their checksum")
+                found = self.read(step, wanted)
             except Exception as error:  # whatever a damaged file makes the reader raise
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-                path = self.folder / str(step)
-                told = f"checkpoint {path} is damaged ({reason})"
-                warnings.warn(told if step == steps[-1] else f"{told}; trying the one before", stacklevel=3)
-                continue
-            return step, {name: read[name] for name in like}, read.notes
+                wrong = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            # Each host reads its own shards, and what one of them cannot read is lost to all.
+            wrong = next(filter(None, hosts.gather(wrong)), None) or wrong_sum(*found)
+            if wrong is None:
+                return step, *found
+            told = f"checkpoint {self.folder / str(step)} is damaged ({wrong})"
+            warnings.warn(told if step == steps[-1] else f"{told}; trying the one before", stacklevel=3)
         if steps:
             raise UserError(f"every checkpoint in {self.folder} is damaged (steps {steps}); use another workdir")
         return None
+
+    def read(self, step: int, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(items, notes) of a checkpoint; raises what a damaged file makes Orbax raise."""
+        restores = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+        read = self.manager.restore(step, args=ocp.args.Composite(**restores, notes=ocp.args.JsonRestore()))
+        for name, tree in wanted.items():
+            if jax.tree.map(np.shape, read[name]) != jax.tree.map(np.shape, tree):
+                raise ValueError(f"the shapes of {name} are not those of this run")
+        return {name: read[name] for name in wanted}, read.notes
 
     def wait(self) -> None:
         """Blocks until what was saved is on disk; raises `UserError` if it could not be written."""
@@ -119,7 +131,7 @@ def plain(state: TrainState) -> dict[str, Any]:
     leaves = jax.tree.leaves(state.opt_state)
     progress = {
         "step": state.step,
-        "key": jax.random.key_data(state.key),
+        "key": key_data(state.key),
         "opt_state": {f"{i:03d}": leaf for i, leaf in enumerate(leaves)},
     }
     return {"trainable": state.trainable, "progress": progress}
@@ -137,12 +149,70 @@ def unplain(items: dict[str, Any], like: TrainState) -> TrainState:
     )
 
 
+def wrong_sum(items: dict[str, Any], notes: dict[str, Any]) -> str | None:
+    """What is wrong with the contents of a checkpoint, if anything; of several hosts, all must call it."""
+    if "checksums" in notes:
+        return None  # of an older version, which could not sum up shards
+    sums = {name: checksum(tree) for name, tree in items.items()}
+    differing = [name for name in items if sums[name] != notes.get("sums", {}).get(name)]
+    return f"the contents of {' and '.join(differing)} do not match their checksum" if differing else None
+
+
+def key_data(key: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
+    """A key's numbers, of a shape their shape."""
+    if isinstance(key, jax.ShapeDtypeStruct):
+        return jax.eval_shape(jax.random.key_data, key)
+    return jax.random.key_data(key)
+
+
+def in_shards(x: Any) -> bool:
+    """Whether an array, or one that a shape describes, lies in parts on several devices."""
+    where = getattr(x, "sharding", None)
+    return isinstance(where, NamedSharding) and not where.is_fully_replicated
+
+
+def target(x: Any) -> np.ndarray | jax.ShapeDtypeStruct:
+    """What Orbax reads an array into."""
+    if in_shards(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    return np.zeros(x.shape, x.dtype)
+
+
 def checksum(tree: Any) -> int:
-    """CRC-32 over the bytes of every leaf, in order."""
+    """A 32-bit sum over every leaf, the same on the host and in shards; where these are of several hosts, all must
+    call it."""
     total = 0
     for leaf in jax.tree.leaves(tree):
-        total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
+        own = sum_of_shards(leaf) if in_shards(leaf) else sum_on_host(np.asarray(leaf))
+        total = (31 * total + int(own)) % (1 << 32)
     return total
+
+
+def sum_on_host(array: np.ndarray) -> int:
+    """The `weighted` sum of an array, a part at a time."""
+    words = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
+    total = 0
+    for start in range(0, len(words), AT_ONCE):
+        part = words[start : start + AT_ONCE]
+        total += int(weighted(part, np.arange(start, start + len(part)).astype(np.uint32)))
+    return total
+
+
+@jax.jit
+def sum_of_shards(array: Array) -> Array:
+    """The `weighted` sum of an array, on the devices that have it."""
+    place = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(array.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    return weighted(array.view(f"u{array.dtype.itemsize}"), place)
+
+
+def weighted(words: Any, place: Any) -> Any:
+    """The sum of the words, each times an odd number that is its place, mixed; so no single word can change unseen."""
+    for factor in (0x9E3779B1, 0x85EBCA6B):
+        place = place * np.uint32(factor)
+        place = place ^ (place >> np.uint32(15))
+    return (words.astype(np.uint32) * (place | np.uint32(1))).sum(dtype=np.uint32)
 
 
 def unwritable(folder: Path, error: Exception) -> UserError:

@@ -123,6 +123,10 @@ class Replicated:
         del spec  # they are all alike
         return NamedSharding(mesh(), WHOLE)
 
+    def like(self, shapes: Any) -> Any:
+        """The shapes of a tree, which say where it is to be read to: here to the host, for `place`."""
+        return shapes
+
     def check_rows(self, rows: int, accumulate: int = 1, *, own: bool = False) -> None:
         """Raises `OptionError` unless `rows` can be split evenly over micro-batches and the devices of all processes.
 
@@ -216,6 +220,12 @@ class Sharded:
     def shardings(self, tree: Any) -> Any:
         """`sharding` of each leaf of a tree of arrays or shapes."""
         return jax.tree_util.tree_map_with_path(self.sharding, tree)
+
+    def like(self, shapes: Any) -> Any:
+        """As for `Replicated`; here each into its shards."""
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, self.shardings(shapes)
+        )
 
     def place(self, tree: Any) -> Any:
         """The tree on the mesh, once."""

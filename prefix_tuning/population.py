@@ -123,6 +123,7 @@ class Single:
         self.layout = base.layout
         self.frozen = self.layout.place(setup.prepare(base, config, weights))
         self.body = make_train_step(base.model, base.method, base.objective, run.tx, axis=self.layout.axis)
+        self.like = [self.layout.like(setup.abstract_state(base, run))]  # each run's state, and where it is read to
         self.state: TrainState | None = None
 
     def fresh(self) -> list[TrainState]:
@@ -175,7 +176,9 @@ class Population:
         """Places one copy of the frozen weights, for runs that `check` has let through."""
         self.configs, self.bases, self.runs = configs, bases, runs
         self.prepared = [setup.prepare(base, config, weights) for base, config in zip(bases, configs, strict=True)]
-        self.like = [setup.fresh_state(*made) for made in zip(configs, bases, runs, self.prepared, strict=True)]
+        self.like = [setup.abstract_state(base, run) for base, run in zip(bases, runs, strict=True)]  # on the host
+        self.begun: list[TrainState] | None = None
+        self.begun = self.fresh()  # until it starts
         lengths = [slots(base) for base in bases]
         widest = int(np.argmax(lengths))
         self.shapes = self.like[widest]
@@ -185,7 +188,7 @@ class Population:
             self.method = hidden_slots(self.method)
             for number, (extra, length) in enumerate(zip(extras, lengths, strict=True)):
                 own = {"mask": jnp.arange(max(lengths)) < length}
-                adaptation = bases[number].method.bind(self.prepared[number], self.like[number].trainable)[1]
+                adaptation = bases[number].method.bind(self.prepared[number], self.begun[number].trainable)[1]
                 extra[OWN] = own if adaptation.shift is None else own | {"shift": adaptation.shift}
         self.layout = bases[0].layout
         self.sharded = isinstance(self.layout, parallel.Sharded)
@@ -225,12 +228,14 @@ class Population:
 
     def fresh(self) -> list[TrainState]:
         """As in `Single`."""
-        return self.like
+        made = zip(self.configs, self.bases, self.runs, self.prepared, strict=True)
+        return self.begun or [setup.fresh_state(*one) for one in made]
 
     def start(self, states: Sequence[TrainState]) -> None:
         """As in `Single`."""
         whole = [jax.tree.map(padded, state, self.shapes) for state in states]
         self.state = hosts.spread(jax.tree.map(lambda *xs: jnp.stack(xs), *whole), self.sharding)
+        self.begun = None
 
     def batches(self, first: int) -> Iterator[Any]:
         """As in `Single`; runs with one seed share their batches, those of others are padded to one shape."""

@@ -321,6 +321,13 @@ def fresh_state(config: dict[str, Any], base: Base, run: Run, frozen: Params) ->
     return TrainState(jnp.int32(0), trainable, run.tx.init(trainable), key)
 
 
+def abstract_state(base: Base, run: Run) -> TrainState:
+    """The shapes of a run's state."""
+    trainable = abstract_trainable(base.method, base.model)
+    key = jax.eval_shape(jax.random.key, 0)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(run.tx.init, trainable), key)
+
+
 def make_run(config: dict[str, Any], base: Base) -> Run:
     """Data and optimizer; raises `UserError` for anything that cannot work, lengths included."""
     train = call("train", Train, config["train"])

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from prefix_tuning import evaluate, hosts, metrics, population, publish, setup
 from prefix_tuning.checkpoint import Checkpoints, checksum, plain
 from prefix_tuning.data.pipeline import Tokens, without
@@ -140,14 +138,12 @@ def train_together(configs: Sequence[dict[str, Any]], workdirs: Sequence[str | P
         made = [[getattr(member, name) for member in members] for name in ("config", "base", "run")]
         kind = population.Single if alone else population.Population
         engine = kind(*([one[0] for one in made] if alone else made), weights)
-        states = restore_together(members, engine.fresh())
+        states = restore_together(members, engine.like) or engine.fresh()
         first, total = int(states[0].step), runs[0].data.total_steps
         # What has begun to differ, in data or weights, would never be noticed: every host adds to the same gradient.
         if hosts.count() > 1:
-            # What lies on several hosts is one array of all.
-            own = [x for x in jax.tree.leaves(list(map(plain, states))) if hosts.has(x)]
             config = zlib.crc32(json.dumps(configs, sort_keys=True).encode())
-            hosts.same(config=config, steps=total, step=first, state=checksum(own))
+            hosts.same(config=config, steps=total, step=first, state=checksum(list(map(plain, states))))
         for number, member in enumerate(members):
             # Lines beyond the checkpoint come again; so does its own evaluation, if that was cut short.
             evaluated = member.evaluated
@@ -243,7 +239,8 @@ def finish(
     member.checkpoints.wait()  # a summary says that all is saved
     if member.best is not None:
         member.kept.wait()
-        state, _ = member.kept.restore(state)
+        trainable, step = member.kept.restore_trainable(state.trainable)
+        state = state.replace(trainable=trainable, step=step)
     if member.best is not None and evaluation.final_split == evaluation.split:
         tuned = member.best["scores"]
     else:
@@ -273,17 +270,17 @@ def finish(
     return hosts.agreed(written)
 
 
-def restore_together(members: Sequence[Member], fresh: Sequence[TrainState]) -> list[TrainState]:
-    """The states after the last step that all runs have saved, with what was noted beside them; else fresh ones."""
+def restore_together(members: Sequence[Member], likes: Sequence[TrainState]) -> list[TrainState] | None:
+    """The states after the last step that all runs have saved, with what was noted beside them; None without one."""
     limit = None
     while True:
-        found = [m.checkpoints.restore(like, limit) for m, like in zip(members, fresh, strict=True)]
+        found = [m.checkpoints.restore(like, limit) for m, like in zip(members, likes, strict=True)]
         steps = [0 if one is None else int(one[0].step) for one in found]
         if len(set(steps)) == 1:
             break
         limit = min(steps)  # one was stopped while it saved, or had trained alone
     if all(one is None for one in found):
-        return list(fresh)
+        return None
     for member, (_, notes) in zip(members, found, strict=True):
         member.evaluated, member.meter = notes["evaluated"], notes["meter"]
         member.best, member.waited = notes.get("best"), notes.get("waited", 0)

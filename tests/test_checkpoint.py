@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from prefix_tuning import checkpoint
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.errors import UserError
 from prefix_tuning.optimizer import make_optimizer
@@ -191,6 +192,43 @@ def test_contents_that_differ_from_their_checksum_are_damage(saved, tmp_path):
         pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(steps \[7, 3\]\)"),
     ):
         restore(folder)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
+def test_a_checksum_sees_every_change(monkeypatch, dtype):
+    """Of any bit and of any two words' places, on the host as in shards."""
+    monkeypatch.setattr(checkpoint, "AT_ONCE", 7)
+    rng = np.random.default_rng(0)
+    array = np.asarray((100 * rng.normal(size=(8, 3, 5))).astype(dtype))
+    where = jax.sharding.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data"))
+
+    def both(changed):
+        on_host, in_shards = checkpoint.checksum([changed]), checkpoint.checksum([jax.device_put(changed, where)])
+        assert on_host == in_shards
+        return on_host
+
+    seen = [both(array)]
+    words = array.view(f"u{array.dtype.itemsize}")
+    for bit in range(8 * array.dtype.itemsize):
+        changed = words.copy()
+        changed.flat[rng.integers(words.size)] ^= 1 << bit
+        seen.append(both(changed.view(array.dtype)))
+    for start in (0, 1, 50):
+        changed = words.copy()
+        changed.flat[[start, start + 64]] = changed.flat[[start + 64, start]]
+        seen.append(both(changed.view(array.dtype)))
+    assert len(set(seen)) == len(seen)
+    assert checkpoint.checksum([array, array[0]]) != checkpoint.checksum([array[0], array])
+
+
+def test_what_an_older_version_saved_is_read(saved, tmp_path):
+    """It summed up otherwise, under another name."""
+    folder = shutil.copytree(saved, tmp_path / "older")
+    for file in folder.rglob("notes/*"):
+        file.write_text(file.read_text().replace('"sums"', '"checksums"'))
+    state, notes = restore(folder)
+    assert same(state, make_state(7))
+    assert "sums" not in notes
 
 
 def test_all_damaged_raises(saved, tmp_path):

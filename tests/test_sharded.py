@@ -13,7 +13,7 @@ from conftest import ENCODERS, FAMILIES, SEQ2SEQ, L, P, interrupt, letters
 
 import prefix_tuning
 import run
-from prefix_tuning import heads, models, parallel, setup
+from prefix_tuning import checkpoint, heads, models, parallel, setup
 from prefix_tuning import train as loop
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.data import pipeline
@@ -351,8 +351,8 @@ def test_a_device_holds_its_part_alone(made):
     assert own.temp_size_in_bytes < whole.temp_size_in_bytes / 3  # which has one layer's weights whole, and no more
 
 
-def test_a_state_goes_from_layout_to_layout(made, tmp_path):
-    """What one layout saved, every other one goes on from, bit for bit and each in its own shards."""
+def test_a_state_goes_from_layout_to_layout(made, tmp_path, monkeypatch):
+    """What one layout saved, every other one goes on from, bit for bit, from shards to shards past every host."""
     model, host = made("llama")
     method, tx = METHODS["finetune"](None), optax.adam(1e-3)
 
@@ -360,21 +360,33 @@ def test_a_state_goes_from_layout_to_layout(made, tmp_path):
         trainable = method.init(jax.random.key(1), model, weights)
         return TrainState(jnp.int32(4), trainable, tx.init(trainable), jax.random.key(2))
 
+    def to_host(x, read=jax.device_get):
+        assert not checkpoint.in_shards(x)
+        return read(x)
+
+    shapes = jax.eval_shape(state, host)
     layouts = [parallel.Replicated(), parallel.Sharded(model.specs, 8, 1), parallel.Sharded(model.specs, 2, 4)]
     first = layouts[1].place(state(layouts[1].place(host)))
+    sums = {checkpoint.checksum(first.trainable)}
     for number, layout in enumerate((layouts[2], layouts[0], layouts[1])):
         checkpoints = Checkpoints(tmp_path / str(number))
-        checkpoints.save(first)
-        checkpoints.wait()
-        found, _ = checkpoints.restore(state(host))
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "device_get", to_host)
+            checkpoints.save(first)
+            checkpoints.wait()
+            found, _ = checkpoints.restore(layout.like(shapes))
         checkpoints.close()
         again = layout.place(found)
         for old, new in zip(*map(jax.tree.leaves, (first.replace(key=0), again.replace(key=0))), strict=True):
             np.testing.assert_array_equal(old, new)
         first = again
-        kernel = again.opt_state[0].mu["layers"]["q"]["kernel"]
+        kernel = found.opt_state[0].mu["layers"]["q"]["kernel"]
         split = {0: (L, 8, 1, 2, 6), 1: (L, 16, 4, 2, 6), 2: (L, 2, 4, 2, 6)}[number]
-        assert {shard.data.shape for shard in kernel.addressable_shards} == {split}
+        parts = [kernel] if number == 1 else [shard.data for shard in kernel.addressable_shards]
+        assert {part.shape for part in parts} == {split}
+        assert isinstance(kernel, np.ndarray) == (number == 1)
+        sums.add(checkpoint.checksum(found.trainable))
+    assert len(sums) == 1
 
 
 # --- What the user is told
