@@ -555,4 +555,6 @@ if __name__ == "__main__":
     except BrokenPipeError:  # `| head` has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141  # what a shell says of a closed pipe
-    sys.exit(code)
+    if code:  # threads of Orbax's that wait for a folder which could not be made do so for ten minutes
+        sys.stderr.flush()
+        os._exit(code)

@@ -305,6 +305,18 @@ def test_a_crash_between_checkpoints_loses_nothing(folder, finished, tmp_path, m
     assert results(tmp_path / "w") == results(finished[0])
 
 
+def test_an_error_ends_the_process_whatever_still_waits(tmp_path):
+    """As Orbax's threads do when a checkpoint could not be saved."""
+    (tmp_path / "config.py").write_text(
+        "import threading\nthreading.Thread(target=threading.Event().wait).start()\nget_config = lambda _: 1 / 0\n"
+    )
+    command = [sys.executable, str(ROOT / "run.py"), "train", f"--config={tmp_path}/config.py", "--workdir=w"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "division by zero" in done.stderr
+
+
 def test_kill_9_and_the_same_command_again(folder, finished, tmp_path, capsys):
     command = [sys.executable, str(ROOT / "run.py"), "train", f"--config={folder}/config.py", f"--workdir={tmp_path}/w"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
