@@ -194,6 +194,15 @@ def test_contents_that_differ_from_their_checksum_are_damage(saved, tmp_path):
         restore(folder)
 
 
+def test_what_another_host_cannot_read_is_damaged_for_all(saved, tmp_path, monkeypatch):
+    told = [[None, "it is torn"]]
+    monkeypatch.setattr(checkpoint.hosts, "gather", lambda own: told.pop() if told else [own, None])
+    folder = shutil.copytree(saved, tmp_path / "torn")
+    with pytest.warns(UserWarning, match=r"7 is damaged \(it is torn\); trying the one before"):
+        state, _ = restore(folder)
+    assert same(state, make_state(3))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
 def test_a_checksum_sees_every_change(monkeypatch, dtype):
     """Of any bit and of any two words' places, on the host as in shards."""
