@@ -32,7 +32,7 @@ import numpy as np
 import optax
 
 from experiments import in_turn
-from prefix_tuning import models, parallel, setup
+from prefix_tuning import models, setup, sharding
 from prefix_tuning.methods import METHODS
 from prefix_tuning.models import loading
 from prefix_tuning.objectives import OBJECTIVES, vocabulary
@@ -269,10 +269,10 @@ def measured(dtype: str) -> str:
 
 def held(specs: Any, devices: int) -> int:
     """Bytes of bfloat16 weights on each of so many devices, as `parallel=sharded` splits them over a data axis."""
-    sizes = {parallel.AXIS: devices, parallel.MODEL: 1}
+    sizes = {sharding.DATA: devices, sharding.MODEL: 1}
     total = 0
     for spec in jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, Spec)):
-        split = parallel.partition(spec.axes, spec.shape, sizes)
+        split = sharding.partition(spec.axes, spec.shape, sizes)
         total += 2 * math.prod(spec.shape) // math.prod(sizes[axis] for axis in split if axis)
     return total
 

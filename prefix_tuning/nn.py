@@ -1,5 +1,6 @@
 """The layers that every family is made of, and what an `Adaptation` does in them; for attention see attention.py."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from prefix_tuning.errors import valid
-from prefix_tuning.sharding import DATA, spread
+from prefix_tuning.sharding import DATA, gathered, spread
 from prefix_tuning.types import KV, Adaptation, LayerHooks, Params, Quantised
 
 ACTIVATIONS = {
@@ -26,7 +27,7 @@ def project(x: Array, weights: Params, hooks: LayerHooks, site: str, axes: int =
     """Contracts the last `axes` axes of x [B T in...] with the first of the kernel's, [in... out...], as hooked."""
     kernel = weights["kernel"]
     if isinstance(kernel, Quantised):
-        y = (jnp.tensordot(x, floats(kernel.values, x), axes) * kernel.scale).astype(x.dtype)
+        y = product_in_8_bits(x, kernel, tuple(range(axes)), x.dtype)
     else:
         y = jnp.tensordot(x, kernel, axes)
     if "bias" in weights:
@@ -111,7 +112,7 @@ def lookup(table: Array | Quantised, tokens: Array) -> Array:
 def vocabulary_scores(hidden: Array, table: Array | Quantised) -> Array:
     """The float32 products [... V] of hidden states [... D] with each row of a table [V D]."""
     if isinstance(table, Quantised):
-        return vocabulary_scores(hidden, floats(table.values, hidden)) * table.scale
+        return product_in_8_bits(hidden, table, (1,), jnp.float32)
     return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
@@ -131,14 +132,47 @@ def capped(scores: Array, cap: float | None) -> Array:
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def floats(values: Array, x: Array) -> Array:
-    """8-bit values of a weight in x's dtype, which XLA cannot make before it has x [...].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product_in_8_bits(x: Array, weight: Quantised, axes: tuple[int, ...], dtype: Any) -> Array:
+    """x [... in...] times a frozen weight whose `axes` are in..., [... out...] in dtype.
+
+    The backward pass makes the weight's floats again: kept, they would be the whole model in floats.
+    """
+    own = tuple(range(x.ndim - len(axes), x.ndim))
+    y = jnp.tensordot(x, floats(weight, x), (own, axes), preferred_element_type=dtype)
+    return (y * weight.scale).astype(dtype)
+
+
+def keep_8_bits(
+    x: Array, weight: Quantised, axes: tuple[int, ...], dtype: Any
+) -> tuple[Array, tuple[Quantised, Array]]:
+    """The product, and what its backward pass needs: the weight, and x's dtype."""
+    return product_in_8_bits(x, weight, axes, dtype), (weight, jnp.zeros(0, x.dtype))
+
+
+def back_in_8_bits(
+    axes: tuple[int, ...], dtype: Any, kept: tuple[Quantised, Array], slope: Array
+) -> tuple[Array, Quantised | None]:
+    """The slopes [... in...] of the product's x, for those [... out...] of its result."""
+    weight, like = kept
+    scaled = (slope * weight.scale).astype(dtype)
+    rest = tuple(axis for axis in range(weight.values.ndim) if axis not in axes)
+    own = tuple(range(scaled.ndim - len(rest), scaled.ndim))
+    return jnp.tensordot(scaled, floats(weight, scaled), (own, rest)).astype(like.dtype), None
+
+
+product_in_8_bits.defvjp(keep_8_bits, back_in_8_bits)
+
+
+def floats(weight: Quantised, x: Array) -> Array:
+    """A weight's 8-bit values in x's dtype, which XLA cannot make before it has x [...].
 
     Out of a loop over steps it would take the conversion, and hold every layer as floats; barriers are gone by then.
     """
     # Of x over several devices not one number, which would have to be sent to all, but a sum that each has a part in.
     some = x.sum() if DATA in jax.sharding.get_abstract_mesh().auto_axes else x.ravel()[0]
     never = (some != some) & (some < jnp.inf)  # not a number, and yet below one; XLA does not know
+    values = gathered(weight.values, weight.axes)
     return (values + never.astype(values.dtype)).astype(x.dtype)
 
 

@@ -15,15 +15,10 @@ from prefix_tuning.data.pipeline import WHOLE as ALL_ROWS
 from prefix_tuning.data.pipeline import Part
 from prefix_tuning.errors import OptionError, UserError, valid
 from prefix_tuning.registry import call
+from prefix_tuning.sharding import DATA, MODEL, partition
 from prefix_tuning.types import Batch, Params, Spec
 
-AXIS, MODEL, HOSTS = "data", "model", "hosts"
-# Mesh axis -> the logical axes of a weight that it may split, the first that it divides.  A weight that has none of
-# them, or none that it divides, is whole on all devices along that mesh axis: 9 heads on 4 devices are no error.
-RULES = {
-    MODEL: ("vocabulary", "kv_heads", "mlp", "groups"),  # tensor parallelism: each device computes its part
-    AXIS: ("width",),  # fully sharded data parallelism: XLA gathers a layer's weights where it needs them
-}
+AXIS, HOSTS = DATA, "hosts"
 WHOLE = PartitionSpec()
 
 
@@ -185,8 +180,8 @@ class Replicated:
 
 
 class Sharded:
-    """The layout in which weights are split over a mesh [data model] by `RULES`, and with them what is trained as their
-    copy; a step is one computation of all processes, under jit, whose sums over rows XLA splits."""
+    """The layout in which weights are split over a mesh [data model] by the `RULES` of sharding.py, and with them what
+    is trained as their copy; a step is one computation of all processes, under jit, whose sums over rows XLA splits."""
 
     axis = None
     apart = False
@@ -321,19 +316,6 @@ def names(path: tuple) -> tuple[str, ...]:
             break
         found.insert(0, entry.key)
     return tuple(found)
-
-
-def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
-    """How a weight with these logical axes is split over a mesh of these sizes, by `RULES`."""
-    found: dict[str, str] = {}
-    for mesh_axis, wanted in RULES.items():
-        for name in wanted:
-            # A vector per layer is small, and gathering it costs more than it saves.
-            long = len(set(axes) - {"layers"}) > 1 or mesh_axis != AXIS
-            if name in axes and long and shape[axes.index(name)] % sizes[mesh_axis] == 0:
-                found[name] = mesh_axis
-                break
-    return PartitionSpec(*(found.get(name) for name in axes))
 
 
 def make(specs: Params, kind: str = "replicated", sizes: dict[str, int | None] | None = None) -> Layout:

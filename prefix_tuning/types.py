@@ -43,6 +43,7 @@ class Quantised:
 
     values: Array  # int8, [L in... out...] or, of a table of embeddings, [V D]
     scale: Array  # float32, [L out...] or [V]
+    axes: tuple[str | None, ...] = flax.struct.field(pytree_node=False)  # the values' logical ones, as in a `Spec`
     dtype: str = flax.struct.field(pytree_node=False, default="float32")  # of what is computed with it
 
 

@@ -98,12 +98,14 @@ def test_a_prefix_learns_the_same_beside_them(twin, scan):
     model = loading.read_model(twin("llama").folder, scan=scan)
     method, objective, tx = METHODS["prefix"](None, length=3), OBJECTIVES["lm"](None), optax.sgd(0.1)
     pairs = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9])] * 4
-    found = []
+    found, programs = [], []
     for weights in (small, exact):
         trainable = method.init(jax.random.key(1), model, weights)
         step = parallel.train_step(make_train_step(model, method, objective, tx, axis=parallel.AXIS))
         state = parallel.place(TrainState(jnp.int32(0), trainable, tx.init(trainable), jax.random.key(0)))
         frozen, batch = parallel.place(weights), parallel.split_batch(vars(one_a_row(pairs)) | {})
+        step = step.lower(frozen, state, batch).compile()
+        programs.append(step.as_text())
         for _ in range(2):
             state, sums = step(frozen, state, batch)
         found.append(jax.device_get((state.trainable, sums["grad_norm"])))
@@ -111,6 +113,10 @@ def test_a_prefix_learns_the_same_beside_them(twin, scan):
     for ours, wanted in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-6)
     assert found[0][1] > 0
+    # Nor are there floats of all layers, which the backward pass would keep, and which would be the whole model.
+    kernels = [spec.shape for path, spec in loading.paths(model.specs) if path[-1] == "kernel"]
+    names = [f"f32[{','.join(map(str, shape))}]" for shape in kernels]
+    assert [[name in program for name in names] for program in programs] == [[False] * len(names), [True] * len(names)]
 
 
 @pytest.mark.apart
@@ -214,6 +220,6 @@ def test_no_merged_model_is_made_of_them(tmp_path):
 
 def test_products_are_the_written_ones():
     x, values = jnp.ones((2, 3), jnp.float32), jnp.array([[1, -2], [3, 4], [-5, 127]], jnp.int8)
-    kernel = Quantised(values, jnp.array([0.5, 0.25]))
+    kernel = Quantised(values, jnp.array([0.5, 0.25]), ("width", "mlp"))
     y = nn.project(x[None], {"kernel": kernel, "bias": jnp.array([1.0, 2.0])}, LayerHooks(), "q")
     np.testing.assert_allclose(y[0], [[-0.5 + 1, 32.25 + 2]] * 2)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from conftest import ENCODERS, FAMILIES, SEQ2SEQ, L, P, interrupt, letters
 
 import prefix_tuning
 import run
-from prefix_tuning import checkpoint, heads, models, parallel, setup
+from prefix_tuning import checkpoint, heads, models, parallel, setup, sharding
 from prefix_tuning import train as loop
 from prefix_tuning.checkpoint import Checkpoints
 from prefix_tuning.data import pipeline
@@ -119,7 +120,7 @@ def test_every_axis_has_a_name_that_is_known(made, family):
     specs = [spec for _, spec in loading.paths(made(family)[0].specs)]
     assert {axis for spec in specs for axis in spec.axes} <= AXES
     assert all(len(spec.axes) == len(spec.shape) for spec in specs)
-    assert {axis for wanted in parallel.RULES.values() for axis in wanted} <= AXES
+    assert {axis for wanted in sharding.RULES.values() for axis in wanted} <= AXES
 
 
 # --- The same result
@@ -233,7 +234,9 @@ def test_matrices_in_8_bits_are_split_too(made, tmp_path):
         else:
             layout = parallel.Sharded(model.specs, DATA, MODEL)
             state = layout.place(state)
-            state, sums = layout.train_step(body, state)(frozen, state, layout.split_batch(batch))
+            given = frozen, state, layout.split_batch(batch)
+            step = layout.train_step(body, state).lower(*given).compile()
+            state, sums = step(*given)
         found[kind] = read, text, jax.device_get((state.trainable, sums["loss"]))
     for ours, wanted in zip(*map(jax.tree.leaves, (found["sharded"], found["replicated"])), strict=True):
         np.testing.assert_allclose(ours, wanted, rtol=2e-5, atol=1e-5)
@@ -241,6 +244,18 @@ def test_matrices_in_8_bits_are_split_too(made, tmp_path):
     assert {shard.data.shape for shard in kernel.values.addressable_shards} == {(L, 8, 1, 2, 6)}
     held = {sum(x.addressable_data(n).nbytes for x in jax.tree.leaves(frozen)) for n in range(8)}
     assert held == {layout.held(loading.abstract(model, weights="int8"))}
+    # Forward and backward a device asks the others for a layer's matrices as they are, in 8 bits.
+    sent = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", step.as_text())
+    for site, (path, spec) in (
+        (path[1], one) for one in loading.paths(model.specs) if (path := one[0])[-1] == "kernel"
+    ):
+        whole = [
+            size // (MODEL if axis in sharding.RULES["model"][1:3] else 1)
+            for axis, size in zip(spec.axes, spec.shape, strict=True)
+        ]
+        kinds = [kind for kind, sizes in sent if sizes.split(",")[-len(whole) + 1 :] == list(map(str, whole[1:]))]
+        assert set(kinds) == {"s8"}, (site, path)
+        assert len(kinds) >= 2, site
     again = layout.place(frozen)  # as `train` places what it has loaded
     assert all(
         jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), again, frozen))
@@ -323,11 +338,11 @@ def watched(folder, asked):
 def test_what_does_not_divide_stays_whole():
     sizes = {"data": 2, "model": 4}
     axes = ("layers", "width", "kv_heads", "groups", "head")
-    assert parallel.partition(axes, (3, 16, 8, 3, 6), sizes) == jax.P(None, "data", "model", None, None)
-    assert parallel.partition(axes, (3, 16, 9, 4, 6), sizes) == jax.P(None, "data", None, "model", None)
-    assert parallel.partition(axes, (3, 9, 9, 1, 6), sizes) == jax.P(None, None, None, None, None)
-    assert parallel.partition(("layers", "width"), (3, 16), sizes) == jax.P(None, None)  # a vector per layer
-    assert parallel.partition(("vocabulary", "width"), (21, 16), sizes) == jax.P(None, "data")
+    assert sharding.partition(axes, (3, 16, 8, 3, 6), sizes) == jax.P(None, "data", "model", None, None)
+    assert sharding.partition(axes, (3, 16, 9, 4, 6), sizes) == jax.P(None, "data", None, "model", None)
+    assert sharding.partition(axes, (3, 9, 9, 1, 6), sizes) == jax.P(None, None, None, None, None)
+    assert sharding.partition(("layers", "width"), (3, 16), sizes) == jax.P(None, None)  # a vector per layer
+    assert sharding.partition(("vocabulary", "width"), (21, 16), sizes) == jax.P(None, "data")
 
 
 def test_a_device_holds_its_part_alone(made):

@@ -209,7 +209,7 @@ def load_weights(
             values, scale = read_quantised(spec, tensors, shared)
             small = spec._replace(axes=(None,) * scale.ndim)  # on every device
             whole = put(spec, values.shape, values.__getitem__), put(small, scale.shape, scale.__getitem__)
-            tree[path] = Quantised(*whole, dtype)
+            tree[path] = Quantised(*whole, spec.axes, dtype)
     return unflatten(tree)
 
 
@@ -406,7 +406,7 @@ def abstract(model: Model, dtype: str = "float32", weights: str = "full") -> Par
             continue
         outer = tuple(size for axis, size in enumerate(spec.shape) if axis not in shared)
         held = jax.ShapeDtypeStruct(spec.shape, jnp.int8), jax.ShapeDtypeStruct(outer, jnp.float32)
-        tree[path] = Quantised(*held, dtype)
+        tree[path] = Quantised(*held, spec.axes, dtype)
     return unflatten(tree)
 
 
