@@ -555,6 +555,6 @@ if __name__ == "__main__":
     except BrokenPipeError:  # `| head` has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141  # what a shell says of a closed pipe
-    if code:  # threads of Orbax's that wait for a folder which could not be made do so for ten minutes
+    if code:  # not when Orbax's threads give up on a folder that could not be made, which takes minutes
         sys.stderr.flush()
         os._exit(code)

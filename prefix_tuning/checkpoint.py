@@ -196,7 +196,7 @@ def checksum(tree: Any) -> int:
 
 def sum_on_host(array: np.ndarray) -> int:
     """The `weighted` sum of an array, a part at a time."""
-    words = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
+    words = np.ascontiguousarray(array).reshape(-1).view(word(array.dtype))
     total = 0
     for start in range(0, len(words), AT_ONCE):
         part = words[start : start + AT_ONCE]
@@ -207,10 +207,15 @@ def sum_on_host(array: np.ndarray) -> int:
 @jax.jit
 def sum_of_shards(array: Array) -> Array:
     """The `weighted` sum of an array, on the devices that have it."""
-    place = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(array.shape):
-        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    return weighted(array.view(f"u{array.dtype.itemsize}"), place)
+    words, place = array.view(word(array.dtype)), jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return weighted(words, place)
+
+
+def word(dtype: np.dtype) -> str:
+    """The unsigned integers that an array's bits are taken for, of 4 bytes at most."""
+    return f"u{min(dtype.itemsize, 4)}"
 
 
 def weighted(words: Any, place: Any) -> Any:

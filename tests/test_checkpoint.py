@@ -227,6 +227,8 @@ def test_a_checksum_sees_every_change(monkeypatch, dtype):
         changed.flat[[start, start + 64]] = changed.flat[[start + 64, start]]
         seen.append(both(changed.view(array.dtype)))
     assert len(set(seen)) == len(seen)
+    wide = np.array([1, 2])  # of 8 bytes, as no device has them
+    assert len({checkpoint.checksum([wide ^ (1 << bit)]) for bit in range(63)}) == 63
     assert checkpoint.checksum([array, array[0]]) != checkpoint.checksum([array[0], array])
 
 

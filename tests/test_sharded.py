@@ -246,16 +246,14 @@ def test_matrices_in_8_bits_are_split_too(made, tmp_path):
     assert held == {layout.held(loading.abstract(model, weights="int8"))}
     # Forward and backward a device asks the others for a layer's matrices as they are, in 8 bits.
     sent = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", step.as_text())
-    for site, (path, spec) in (
-        (path[1], one) for one in loading.paths(model.specs) if (path := one[0])[-1] == "kernel"
-    ):
-        whole = [
-            size // (MODEL if axis in sharding.RULES["model"][1:3] else 1)
-            for axis, size in zip(spec.axes, spec.shape, strict=True)
-        ]
-        kinds = [kind for kind, sizes in sent if sizes.split(",")[-len(whole) + 1 :] == list(map(str, whole[1:]))]
-        assert set(kinds) == {"s8"}, (site, path)
-        assert len(kinds) >= 2, site
+    for path, spec in loading.paths(model.specs):
+        if path[-1] != "kernel":
+            continue
+        split = sharding.partition(spec.axes, spec.shape, {"data": DATA, "model": MODEL})
+        whole = [str(n // MODEL if axis == "model" else n) for n, axis in zip(spec.shape[1:], split[1:], strict=True)]
+        kinds = [kind for kind, sizes in sent if sizes.split(",")[-len(whole) :] == whole]
+        assert set(kinds) == {"s8"}, path
+        assert len(kinds) >= 2, path
     again = layout.place(frozen)  # as `train` places what it has loaded
     assert all(
         jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), again, frozen))
