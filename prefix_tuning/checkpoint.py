@@ -195,22 +195,22 @@ def checksum(tree: Any) -> int:
 
 
 def sum_on_host(array: np.ndarray) -> int:
-    """The `weighted` sum of an array, a part at a time."""
+    """The `mixed_sum` of an array, a part at a time."""
     words = np.ascontiguousarray(array).reshape(-1).view(word(array.dtype))
     total = 0
     for start in range(0, len(words), AT_ONCE):
         part = words[start : start + AT_ONCE]
-        total += int(weighted(part, np.arange(start, start + len(part)).astype(np.uint32)))
+        total += int(mixed_sum(part, np.arange(start, start + len(part)).astype(np.uint32)))
     return total
 
 
 @jax.jit
 def sum_of_shards(array: Array) -> Array:
-    """The `weighted` sum of an array, on the devices that have it."""
+    """The `mixed_sum` of an array, on the devices that have it."""
     words, place = array.view(word(array.dtype)), jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(words.shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return weighted(words, place)
+    return mixed_sum(words, place)
 
 
 def word(dtype: np.dtype) -> str:
@@ -218,12 +218,17 @@ def word(dtype: np.dtype) -> str:
     return f"u{min(dtype.itemsize, 4)}"
 
 
-def weighted(words: Any, place: Any) -> Any:
-    """The sum of the words, each times an odd number that is its place, mixed; so no single word can change unseen."""
+def mixed_sum(words: Any, place: Any) -> Any:
+    """The sum of the words, each mixed with its place by what can be undone: so no single one can change unseen."""
+    return mixed(words.astype(np.uint32) ^ mixed(place)).sum(dtype=np.uint32)
+
+
+def mixed(words: Any) -> Any:
+    """The words with every bit spread over all, one to one."""
     for factor in (0x9E3779B1, 0x85EBCA6B):
-        place = place * np.uint32(factor)
-        place = place ^ (place >> np.uint32(15))
-    return (words.astype(np.uint32) * (place | np.uint32(1))).sum(dtype=np.uint32)
+        words = words * np.uint32(factor)
+        words = words ^ (words >> np.uint32(15))
+    return words
 
 
 def unwritable(folder: Path, error: Exception) -> UserError:

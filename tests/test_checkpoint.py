@@ -228,7 +228,8 @@ def test_a_checksum_sees_every_change(monkeypatch, dtype):
         seen.append(both(changed.view(array.dtype)))
     assert len(set(seen)) == len(seen)
     wide = np.array([1, 2])  # of 8 bytes, as no device has them
-    assert len({checkpoint.checksum([wide ^ (1 << bit)]) for bit in range(63)}) == 63
+    changes = [(1 << bit) * np.array(which) for bit in range(63) for which in ([1, 0], [0, 1], [1, 1])]
+    assert len({checkpoint.checksum([wide ^ change]) for change in changes}) == len(changes)
     assert checkpoint.checksum([array, array[0]]) != checkpoint.checksum([array[0], array])
 
 
